@@ -1,0 +1,1 @@
+"""Compute nodes from on-demand queues. Never imports `stream`: a pilot just runs a command."""

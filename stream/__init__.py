@@ -1,0 +1,1 @@
+"""Live X-ray photon correlation spectroscopy from detector streams."""

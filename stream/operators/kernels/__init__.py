@@ -1,0 +1,1 @@
+"""numba on arrays and ints; knows nothing of messages."""

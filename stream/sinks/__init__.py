@@ -1,0 +1,1 @@
+"""Where messages and results go: one module per transport or file format."""
