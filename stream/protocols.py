@@ -35,8 +35,8 @@ class Source(AbstractContextManager["Source"], Protocol):
 class Operator(Protocol):
     """Something computed from frames as they come.
 
-    push(a); push(b) equals push(a then b); restore(snapshot()) equals the original; merge over disjoint pixels equals the
-    whole frames; result() changes nothing. All of them bit for bit: tests/test_operator_laws.py.
+    push(a); push(b) equals push(a then b); restore(snapshot()) equals the original; merge over disjoint pixels equals
+    the whole frames; result() changes nothing. All of them bit for bit: tests/test_operator_laws.py.
     """
 
     name: str
