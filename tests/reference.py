@@ -1,0 +1,84 @@
+"""Everything that the operators compute, once more, from the definition and not fast.
+
+Integer sums are Python integers (dtype object), so they never round; divisions come last.
+"""
+
+import numpy as np
+
+
+def delays(n_frames, d, levels):
+    """Level and delay in coarse frames of every delay that a pair of n_frames can have (APS convention)."""
+    for level in range(levels):
+        for k in range(1 if level == 0 else d + 1, 2 * d + 1):
+            if k < n_frames >> level:
+                yield level, k
+
+
+def first_bad(frames, came, saturation_value):
+    """(n_pixel,) the frame in which each pixel leaves; the number of frames if it stays."""
+    n = len(frames)
+    if saturation_value is None:
+        return np.full(frames.shape[1], n)
+    bad = (frames > saturation_value) & came[:, None]
+    return np.where(bad.any(axis=0), bad.argmax(axis=0), n)
+
+
+def multitau(frames, static, dynamic_of_static, *, d=4, levels=16, came=None, saturation_value=None):
+    """Multi-tau of frames (n, n_pixel), all of them, also those that did not come (came[i] is False).
+
+    static (n_pixel,) static bin from 1, 0 outside; dynamic_of_static (n_static,).
+    Returns a dict as the operator does, plus g2_static (n_delay, n_static) and g2_err for both definitions.
+    """
+    frames = np.asarray(frames).reshape(len(frames), -1)
+    n, n_pixel = frames.shape
+    came = np.ones(n, bool) if came is None else np.asarray(came)
+    leaves = first_bad(frames, came, saturation_value)
+    present = came[:, None] & (np.arange(n)[:, None] < leaves)
+    counts = np.where(present, frames, 0).astype(object)
+    n_static, n_dynamic = len(dynamic_of_static), max(dynamic_of_static)
+    out = {name: [] for name in ("delay", "n_pairs", "G2", "IP", "IF", "g2_static", "g2", "g2_err_static", "g2_err_pixel")}
+    for level, k in delays(n, d, levels):
+        size = 2**level
+        n_coarse = n // size
+        c = counts[: n_coarse * size].reshape(n_coarse, size, n_pixel).sum(axis=1)
+        w = came[: n_coarse * size].reshape(n_coarse, size).sum(axis=1).astype(object)
+        ww = w[:-k] * w[k:]
+        # A pair counts for a pixel when the pixel was there until the end of the later coarse frame.
+        pair = (np.arange(k, n_coarse) + 1)[:, None] * size <= leaves
+        sums = {
+            "G2": (c[:-k] * c[k:] * pair).sum(axis=0),
+            "IP": (c[:-k] * w[k:, None] * pair).sum(axis=0),
+            "IF": (w[:-k, None] * c[k:] * pair).sum(axis=0),
+            "N": (ww[:, None] * pair).sum(axis=0),
+        }
+        binned = {name: np.array([x[static == b + 1].sum() for b in range(n_static)], object) for name, x in sums.items()}
+        g2_static = [ratio(b["G2"] * b["N"], b["IP"] * b["IF"]) for b in rows(binned)]
+        g2_pixel = np.array([ratio(p["G2"] * p["N"], p["IP"] * p["IF"]) for p in rows(sums)])
+        out["delay"].append(k * size)
+        out["n_pairs"].append(ratio(ww.sum(), 4**level))
+        out["g2_static"].append(g2_static)
+        for name in ("G2", "IP", "IF"):
+            out[name].append([ratio(b[name], b["N"]) for b in rows(binned)])
+        groups = [np.array(g2_static)[np.asarray(dynamic_of_static) == q + 1] for q in range(n_dynamic)]
+        out["g2"].append([finite(g).mean() if len(finite(g)) else np.nan for g in groups])
+        out["g2_err_static"].append([standard_error(g) for g in groups])
+        dynamic = np.concatenate([[0], dynamic_of_static])[static]
+        out["g2_err_pixel"].append([standard_error(g2_pixel[dynamic == q + 1]) for q in range(n_dynamic)])
+    return {name: np.array(values, float) for name, values in out.items()}
+
+
+def rows(columns):
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def ratio(numerator, denominator):
+    return float(numerator) / float(denominator) if denominator > 0 else np.nan
+
+
+def finite(values):
+    return values[np.isfinite(values)]
+
+
+def standard_error(values):
+    values = finite(np.asarray(values, float))
+    return values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
