@@ -36,7 +36,9 @@ def multitau(frames, static, dynamic_of_static, *, d=4, levels=16, came=None, sa
     present = came[:, None] & (np.arange(n)[:, None] < leaves)
     counts = np.where(present, frames, 0).astype(object)
     n_static, n_dynamic = len(dynamic_of_static), max(dynamic_of_static)
-    out = {name: [] for name in ("delay", "n_pairs", "G2", "IP", "IF", "g2_static", "g2", "g2_err_static", "g2_err_pixel")}
+    out = {
+        name: [] for name in ("delay", "n_pairs", "G2", "IP", "IF", "g2_static", "g2", "g2_err_static", "g2_err_pixel")
+    }
     for level, k in delays(n, d, levels):
         size = 2**level
         n_coarse = n // size
@@ -51,7 +53,9 @@ def multitau(frames, static, dynamic_of_static, *, d=4, levels=16, came=None, sa
             "IF": (w[:-k, None] * c[k:] * pair).sum(axis=0),
             "N": (ww[:, None] * pair).sum(axis=0),
         }
-        binned = {name: np.array([x[static == b + 1].sum() for b in range(n_static)], object) for name, x in sums.items()}
+        binned = {
+            name: np.array([x[static == b + 1].sum() for b in range(n_static)], object) for name, x in sums.items()
+        }
         g2_static = [ratio(b["G2"] * b["N"], b["IP"] * b["IF"]) for b in rows(binned)]
         g2_pixel = np.array([ratio(p["G2"] * p["N"], p["IP"] * p["IF"]) for p in rows(sums)])
         out["delay"].append(k * size)
@@ -64,7 +68,17 @@ def multitau(frames, static, dynamic_of_static, *, d=4, levels=16, came=None, sa
         out["g2_err_static"].append([standard_error(g) for g in groups])
         dynamic = np.concatenate([[0], dynamic_of_static])[static]
         out["g2_err_pixel"].append([standard_error(g2_pixel[dynamic == q + 1]) for q in range(n_dynamic)])
-    return {name: np.array(values, float) for name, values in out.items()}
+    width = {
+        "delay": (),
+        "n_pairs": (),
+        "g2": (n_dynamic,),
+        "g2_err_static": (n_dynamic,),
+        "g2_err_pixel": (n_dynamic,),
+    }
+    return {
+        name: np.array(values, float).reshape(len(values), *width.get(name, (n_static,)))
+        for name, values in out.items()
+    }
 
 
 def rows(columns):

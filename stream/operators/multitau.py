@@ -17,11 +17,11 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from stream.errors import CheckpointError
 from stream.messages import Arrays, FrameBatch, RunStart
 from stream.operators.kernels import multitau as kernel
 from stream.operators.kernels import wide
 from stream.operators.roimap import RoiMap
+from stream.operators.state import check_identity, identity
 from stream.operators.tiles import Threads, Tiles
 
 Error = Literal["static", "pixel"]
@@ -78,7 +78,8 @@ class MultiTau:
         self._merged = False
 
         self._tiles = Tiles.of(roimap.crop(start.origin, start.shape).static_roi_map)
-        n_column = self._tiles.live.size
+        self._live = self._tiles.live.copy()
+        n_column = self._live.size
         self._static_of_bin = np.arange(roimap.n_static)
         self._parts = self._threads.n
         self._block = kernel.BLOCK
@@ -86,11 +87,11 @@ class MultiTau:
         if error == "pixel":
             # Each pixel is its own bin, and threads never share one.
             self._static_of_bin = self._tiles.bins.ravel()
+            self._pixel_of_bin = self._pixels(roimap.shape[1])
             self._parts = 1
             self._block = PIXEL_BLOCK
             self._bins = np.arange(n_column).reshape(self._tiles.bins.shape)
         n_bin = len(self._static_of_bin)
-        self._live = self._tiles.live.copy()
         self._alive = np.bincount(self._bins[self._live > 0], minlength=n_bin)
 
         # A coarse pixel holds 2**(levels-1) frames of counts up to the dtype's maximum.
@@ -102,6 +103,13 @@ class MultiTau:
         self._IP, self._IF, self._N = (np.zeros((2, 0, n_bin), np.int64) for _ in range(3))
         self._pairs = np.zeros(0, np.int64)
         self._pairs_settled = np.zeros(0, np.int64)
+
+    def _pixels(self, columns: int) -> NDArray[np.int64]:
+        """Return the flat index on the whole detector of the pixel of each column, -1 where it is not in the map."""
+        local = (self._tiles.first[:, None] + np.arange(kernel.TILE)).ravel()
+        row, column = np.divmod(local, self._start.shape[1])
+        pixel = (row + self._start.origin[0]) * columns + column + self._start.origin[1]
+        return np.where(self._live.ravel() > 0, pixel, -1)
 
     def push(self, batch: FrameBatch) -> None:
         """Fold in frames; see `stream.protocols.Operator`."""
@@ -188,7 +196,8 @@ class MultiTau:
         self._live[leaving] = 0
         columns, bins = np.flatnonzero(leaving), self._bins[leaving]
         np.subtract.at(self._alive, bins, 1)
-        np.subtract.at(self._bin_history, (slice(None), slice(None), bins), self._history[:, :, columns])
+        for column, b in zip(columns, bins, strict=True):
+            self._bin_history[:, :, b] -= self._history[:, :, column]
         self._history[:, :, columns] = 0
 
     def _settle(self) -> None:
@@ -221,14 +230,19 @@ class MultiTau:
         n_delay = len(delay)
         roimap = self._roimap
         sums = [each[:, :n_delay] for each in self._sums()]
-        pooled = [_pool(each, self._static_of_bin, roimap.n_static) for each in sums] if self._error == "pixel" else sums
+        pooled = sums
+        if self._error == "pixel":
+            pooled = [_pool(each, self._static_of_bin, roimap.n_static) for each in sums]
         G2, IP, IF, N = (wide.to_float(each) for each in pooled)
         g2_static = _ratio(G2 * N, IP * IF)
         g2, g2_err = _mean_and_error(g2_static, roimap.dynamic_of_static, roimap.n_dynamic)
         if self._error == "pixel":
-            G2_pixel, IP_pixel, IF_pixel, N_pixel = (wide.to_float(each) for each in sums)
+            # In the order of pixels on the detector, so that merged regions round like the whole.
+            order = np.argsort(self._pixel_of_bin)[np.count_nonzero(self._pixel_of_bin < 0) :]
+            G2_pixel, IP_pixel, IF_pixel, N_pixel = (wide.to_float(each[:, :, order]) for each in sums)
             g2_pixel = _ratio(G2_pixel * N_pixel, IP_pixel * IF_pixel)
-            _, g2_err = _mean_and_error(g2_pixel, roimap.dynamic_of_static[self._static_of_bin], roimap.n_dynamic)
+            group = roimap.dynamic_of_static[self._static_of_bin[order]]
+            _, g2_err = _mean_and_error(g2_pixel, group, roimap.n_dynamic)
         return {
             "delay": delay,
             "tau": delay * self._start.frame_time,
@@ -252,6 +266,7 @@ class MultiTau:
         mine, theirs = self._sums(), other._sums()
         if self._error == "pixel":
             self._static_of_bin = np.concatenate([self._static_of_bin, other._static_of_bin])
+            self._pixel_of_bin = np.concatenate([self._pixel_of_bin, other._pixel_of_bin])
             both = [np.concatenate(pair, axis=2) for pair in zip(mine, theirs, strict=True)]
         else:
             both = [wide.total(np.stack(pair, axis=1), 1) for pair in zip(mine, theirs, strict=True)]
@@ -280,9 +295,7 @@ class MultiTau:
 
     def restore(self, state: Arrays) -> None:
         """Take over a state; see `stream.protocols.Operator`."""
-        for name, mine in self._identity().items():
-            if name not in state or not np.array_equal(state[name], mine):
-                raise CheckpointError(f"multitau: the checkpoint was made with other {name}")
+        check_identity(self.name, state, self._identity())
         self.n_frames = int(state["n_frames"])
         self._live = state["live"].copy()
         self._alive = np.bincount(self._bins[self._live > 0], minlength=len(self._static_of_bin))
@@ -296,22 +309,7 @@ class MultiTau:
         self._IP, self._IF, self._N = (state[name].copy() for name in ("IP", "IF", "N"))
 
     def _identity(self) -> Arrays:
-        """Tell what a state must have in common with an operator."""
-        saturation = self._start.saturation_value
-        return {
-            "roimap": np.frombuffer(bytes.fromhex(self._roimap.digest), np.uint8),
-            "shape": np.array([*self._start.shape, *self._start.origin], np.int64),
-            "parameters": np.array(
-                [
-                    self._d,
-                    self._levels,
-                    self._error == "pixel",
-                    np.dtype(self._start.dtype).itemsize,
-                    -1 if saturation is None else saturation,
-                ],
-                np.int64,
-            ),
-        }
+        return identity(self._start, self._roimap, self._d, self._levels, self._error == "pixel")
 
 
 def _delays(n_frames: int, d: int, levels: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -2,8 +2,8 @@
 
 Level l works on coarse frames: sums of 2**l neighbours, aligned at frame 0. With d delays per level, level 0 has the
 delays 1..2d, level l >= 1 has d+1..2d in units of its coarse frames (boost_corr and xpcs-eigen; K. Schatzel, Quantum
-Opt. 2, 287 (1990)). Every level keeps its last 2d coarse frames, oldest first; one that is half complete needs no memory
-of its own, since its first half is the newest one of the level below.
+Opt. 2, 287 (1990)). Every level keeps its last 2d coarse frames, oldest first; a half complete one needs no memory of
+its own, since its first half is the newest one of the level below.
 
 Pixels are worked on in tiles of `TILE` neighbours in memory order, so that a block of frames goes through all levels
 while the tile is in cache. Columns are the pixels of those tiles that hold at least one pixel of the map.
@@ -28,7 +28,7 @@ EXACT_64 = 2.0**53
 
 
 @njit(nogil=True, cache=True)
-def first_above(frames: Any, limit: int, tiles: Any, live: Any, begin: int, end: int) -> int:
+def first_above(frames: Any, limit: int, tiles: Any, live: Any, begin: int, end: int) -> Any:
     """Return the first frame in which a live pixel of tiles begin..end-1 reads more than `limit`, else their number.
 
     frames (n, n_pixel); tiles (n_tile,) first pixel of each; live (n_tile, TILE) 1 or 0.
@@ -50,7 +50,7 @@ def first_above(frames: Any, limit: int, tiles: Any, live: Any, begin: int, end:
 
 
 @njit(nogil=True, cache=True)
-def correlate(  # noqa: PLR0913, PLR0915 - one pass through the cache does all of it
+def correlate(
     frames: Any,
     n_new: Any,
     n_old: Any,
@@ -169,7 +169,7 @@ def bin_sums(rows: Any, bins: Any, sums: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def largest(rows: Any) -> int:
+def largest(rows: Any) -> Any:
     """Return the largest element of rows (n, TILE)."""
     top = rows[0, 0]
     for t in range(rows.shape[0]):
@@ -268,7 +268,7 @@ def weigh(n: int, n_new: Any, n_old: Any, delays_per_level: int, history: Any, p
 
 
 @njit(nogil=True, cache=True)
-def normalise(  # noqa: PLR0913 - arrays and ints are the only arguments a kernel takes
+def normalise(
     sums: Any,
     weights: Any,
     n_new: Any,

@@ -21,7 +21,7 @@ Wide = NDArray[np.int64]
 
 
 @njit(nogil=True, cache=True, inline="always")
-def add(wide: Any, i: int, j: int, value: int) -> None:
+def add(wide: Any, i: Any, j: Any, value: Any) -> None:
     """Add 0 <= value < 2**62 to the number at [:, i, j]."""
     low = wide[1, i, j] + value
     wide[0, i, j] += low >> BITS
@@ -29,7 +29,7 @@ def add(wide: Any, i: int, j: int, value: int) -> None:
 
 
 @njit(nogil=True, cache=True, inline="always")
-def add_product(wide: Any, i: int, j: int, a: int, b: int) -> None:
+def add_product(wide: Any, i: Any, j: Any, a: Any, b: Any) -> None:
     """Add a * b, both 0 <= x < 2**62, to the number at [:, i, j]."""
     a1, a0 = a >> HALF, a & HALF_MASK
     b1, b0 = b >> HALF, b & HALF_MASK

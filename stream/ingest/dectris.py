@@ -1,0 +1,258 @@
+"""A Dectris detector's stream, V1 or V2, told apart by the bytes of each message."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import zmq
+from numpy.typing import NDArray
+
+from stream.errors import DecodeError, NotSeekable, SourceError
+from stream.ingest import dectris_v1, dectris_v2
+from stream.ingest.dectris_messages import End, Image, Start
+from stream.messages import FrameBatch, Message, Position, Rejected, RunStart, RunStop
+from stream.wire import MAX_MESSAGE_BYTES, Buffer
+
+logger = logging.getLogger(__name__)
+
+POLL_MS = 50
+RECEIVE_HWM = 64
+MAX_BATCH_BYTES = 2**30
+
+
+@dataclass(slots=True)
+class _Series:
+    """What is known of the series that is running."""
+
+    run: str
+    start: Start | None = None
+    """None: this process came later than the start message."""
+    announced: bool = False
+    last: int = -1
+    masked: NDArray[np.intp] = field(default_factory=lambda: np.empty(0, np.intp))
+    """Flat indices of the pixels that the detector left to us to mask."""
+
+
+@dataclass(slots=True)
+class _OpenBatch:
+    run: str
+    first: int
+    timestamp_ns: int
+    n: int = 0
+
+
+class DectrisDecoder:
+    """Make our messages of a detector's: `feed` one after the other, call `idle` when nothing came.
+
+    A RunStart is told with the first image of its series, since only images know their shape and type; a series without
+    images is not told at all, and after a restart within a series there is no RunStart. Images of another series than
+    the one running (left over from an abort) become batches of their own run. Pixels that are masked or overflown have
+    the largest value of the dtype, also where the detector left it to us to apply its mask.
+
+    Times of V2 are the detector's. V1 gives none that is absolute: its frames are timed by the detector's clock, from
+    the moment of arming, or from the arrival of the first one if that is not known.
+
+    Parameters
+    ----------
+    channel
+        Which one of a detector with several energy thresholds (``threshold_1``, ``difference``, ...). None: the first
+        that it sends, which is the first of its start message's `channels`.
+    batch
+        Frames in a FrameBatch, at most; fewer where they would be more than `MAX_BATCH_BYTES`.
+    """
+
+    def __init__(self, *, channel: str | None = None, batch: int = 64) -> None:
+        self._channel = channel
+        self._batch = batch
+        self._series: _Series | None = None
+        self._clock: tuple[str, int] | None = None
+        self._open: _OpenBatch | None = None
+        self._buffer: NDArray[Any] = np.empty((0, 0, 0), "|u1")
+
+    def feed(self, parts: Sequence[Buffer]) -> Iterator[Message]:
+        """Take one ZeroMQ message. One that cannot be read becomes a Rejected."""
+        try:
+            match _decode(parts):
+                case Start() as start:
+                    yield from self.idle()
+                    self._series = _Series(start.run, start)
+                case Image() as image:
+                    yield from self._take(image)
+                case End(run=run):
+                    yield from self.idle()
+                    yield from self._stop(run)
+        except DecodeError as error:
+            yield from self.idle()
+            yield Rejected(reason=str(error))
+
+    def idle(self) -> Iterator[Message]:
+        """Close the open batch: nothing came for a while."""
+        if self._open is not None:
+            closed, self._open = self._open, None
+            frames = self._buffer[: closed.n]
+            frames.flags.writeable = False
+            yield FrameBatch(run=closed.run, first=closed.first, frames=frames, timestamp_ns=closed.timestamp_ns)
+
+    def _take(self, image: Image) -> Iterator[Message]:
+        counts = self._select(image)
+        timestamp_ns = self._timestamp(image)
+        if self._series is None or (self._series.start is None and self._series.run != image.run):
+            self._series = _Series(image.run)
+        if self._open is None or not self._continues(image, counts):
+            yield from self.idle()
+            if self._series.run == image.run:
+                yield from self._announce(self._series, counts)
+            self._open = _OpenBatch(image.run, image.number, timestamp_ns)
+            if (self._buffer.shape[1:], self._buffer.dtype) != (counts.shape, counts.dtype):
+                capacity = min(self._batch, max(1, MAX_BATCH_BYTES // counts.nbytes))
+                self._buffer = np.empty((capacity, *counts.shape), counts.dtype)
+        frame = self._buffer[self._open.n]
+        frame[...] = counts
+        self._open.n += 1
+        if self._series.run == image.run:
+            self._series.last = max(self._series.last, image.number)
+            frame.reshape(-1)[self._series.masked] = np.iinfo(frame.dtype).max
+        if self._open.n == len(self._buffer):
+            yield from self.idle()
+
+    def _continues(self, image: Image, counts: NDArray[Any]) -> bool:
+        batch = self._open
+        return (
+            batch is not None
+            and (batch.run, batch.first + batch.n) == (image.run, image.number)
+            and (self._buffer.shape[1:], self._buffer.dtype) == (counts.shape, counts.dtype)
+        )
+
+    def _select(self, image: Image) -> NDArray[np.unsignedinteger[Any]]:
+        channel = next(iter(image.channels), None) if self._channel is None else self._channel
+        if channel is None or channel not in image.channels:
+            there = ", ".join(f"{name:.80}" for name in image.channels) or "none"
+            raise DecodeError(f"image {image.number} of {image.run} has no channel {channel}; there are: {there}")
+        try:
+            return image.channels[channel].decompress()
+        except DecodeError as error:
+            raise DecodeError(f"image {image.number} of {image.run}: {error}") from None
+
+    def _announce(self, series: _Series, counts: NDArray[Any]) -> Iterator[RunStart]:
+        start = series.start
+        if start is None or series.announced:
+            return
+        series.announced = True
+        largest = int(np.iinfo(counts.dtype).max)
+        mask = start.masks.get(self._channel or next(iter(start.masks), ""))
+        if mask is not None and mask.shape == counts.shape:
+            series.masked = np.flatnonzero(mask)
+        elif mask is not None:
+            logger.warning("%s: pixel mask %s does not fit images %s: not applied", start.run, mask.shape, counts.shape)
+        yield RunStart(
+            run=start.run,
+            shape=counts.shape,
+            dtype=counts.dtype.str,
+            saturation_value=largest - 1,
+            frame_time=start.frame_time,
+            count_time=start.count_time,
+            metadata=start.metadata,
+        )
+
+    def _stop(self, run: str) -> Iterator[RunStop]:
+        series = self._series if self._series is not None and self._series.run == run else _Series(run)
+        if series.start is not None and not series.announced:
+            logger.info("%s ended without an image", run)
+        else:
+            planned = series.last + 1 if series.start is None else series.start.n_frames
+            complete = series.last + 1 == planned
+            yield RunStop(run=run, n_frames=planned, exit_status="success" if complete else "abort")
+        if series is self._series:
+            self._series = None
+
+    def _timestamp(self, image: Image) -> int:
+        """Return when the image was begun, ns since the Unix epoch."""
+        zero = image.clock_ns
+        if zero is None:
+            if self._clock is None or self._clock[0] != image.run:
+                self._clock = (image.run, self._begun(image) - image.start_ns)
+            zero = self._clock[1]
+        timestamp_ns = zero + image.start_ns
+        if not 0 <= timestamp_ns < 2**63:
+            raise DecodeError(f"image {image.number} of {image.run} begun at {timestamp_ns} ns, not within 2**63 ns")
+        return timestamp_ns
+
+    def _begun(self, image: Image) -> int:
+        start = self._series.start if self._series is not None and self._series.run == image.run else None
+        if start is None or start.armed_ns is None:
+            return time.time_ns()
+        return start.armed_ns + round(image.number * start.frame_time * 1e9)
+
+
+class DectrisSource:
+    """The stream of a detector, or of anything that speaks like one: a `Source` that never ends.
+
+    It is connected at once, so make it before the detector is armed: Dectris sends the start message of a series to one
+    receiver only, and once.
+
+    Parameters
+    ----------
+    address
+        ``tcp://host:9999`` (V1) or ``tcp://host:31001`` (V2).
+    channel, batch
+        See `DectrisDecoder`.
+
+    Raises
+    ------
+    SourceError
+        The address cannot be one.
+    """
+
+    def __init__(self, address: str, *, channel: str | None = None, batch: int = 64) -> None:
+        self._address = address
+        self._decoder = DectrisDecoder(channel=channel, batch=batch)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
+        self._socket.set(zmq.RCVHWM, RECEIVE_HWM)
+        self._socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        self._socket.set(zmq.LINGER, 0)
+        try:
+            self._socket.connect(address)
+        except zmq.ZMQError as error:
+            self._socket.close()
+            raise SourceError(f"{address}: {error}") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._socket.close()
+
+    def __iter__(self) -> Iterator[Message | None]:
+        """Yield what the detector sends; None when nothing came for `POLL_MS`."""
+        while True:
+            try:
+                parts = self._socket.recv_multipart() if self._socket.poll(POLL_MS) else None
+            except zmq.ZMQError as error:
+                raise SourceError(f"{self._address}: {error}") from None
+            if parts is None:
+                yield from self._decoder.idle()
+                yield None
+            else:
+                yield from self._decoder.feed(parts)
+
+    def position(self) -> Position:
+        """Return {}: a detector sends once."""
+        return {}
+
+    def seek(self, position: Position) -> None:
+        """Refuse any position but {}."""
+        if position:
+            raise NotSeekable(f"{self._address}: a detector sends once; it cannot go back to {dict(position)}")
+
+
+def _decode(parts: Sequence[Buffer]) -> Start | Image | End:
+    if not parts:
+        raise DecodeError("a message of no parts")
+    # V1 opens with a JSON map; no CBOR map begins with this byte
+    return dectris_v1.decode(parts) if bytes(parts[0][:1]) == b"{" else dectris_v2.decode(parts)

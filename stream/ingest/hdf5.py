@@ -1,0 +1,455 @@
+"""Frames from HDF5 files: NeXus (`/entry/data/data`), DECTRIS EIGER master files, APS 8-ID raw and metadata files."""
+
+import logging
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from itertools import groupby, product
+from pathlib import Path
+from typing import Any, Self
+
+import h5py
+import hdf5plugin  # noqa: F401  (importing it registers the filters)
+import numpy as np
+from dectris.compression import decompress
+from numpy.typing import NDArray
+
+from stream.errors import ConfigError, SourceError
+from stream.messages import ExitStatus, FrameBatch, Message, Position, Rejected, RunStart, RunStop
+
+logger = logging.getLogger(__name__)
+
+MAX_FRAME_BYTES = 2**28
+"""More than the largest detector (64 Mpixel of 4 byte)."""
+
+MAX_READ_BYTES = 2**30
+"""No more frames are read at once than fit into this, however large the chunks of the file are."""
+
+BITSHUFFLE, LZ4 = 32008, 2
+"""The filter's number at the HDF Group, and its compression parameter."""
+
+KEV_ANGSTROM = 12.398419843320026
+"""h c (CODATA 2018)."""
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+UNITS: dict[str, dict[str, float]] = {
+    "s": {"s": 1, "ms": 1e-3, "us": 1e-6, "ns": 1e-9},
+    "m": {"m": 1, "mm": 1e-3, "um": 1e-6},
+    "keV": {"keV": 1, "eV": 1e-3},
+    "angstrom": {"angstrom": 1, "nm": 10},
+    "pixel": {"pixel": 1, "pixels": 1},
+}
+"""Our unit: what files state, and its size."""
+
+NUMBERS = (
+    ("frame_time", "s", "detector/frame_time", "s"),
+    ("count_time", "s", "detector/count_time", "s"),
+    ("detector_distance", "m", "detector/detector_distance", "m"),
+    ("detector_distance", "m", "detector/distance", "m"),
+    ("x_pixel_size", "m", "detector/x_pixel_size", "m"),
+    ("y_pixel_size", "m", "detector/y_pixel_size", "m"),
+    ("beam_center_x", "pixel", "detector/beam_center_x", "pixel"),
+    ("beam_center_y", "pixel", "detector/beam_center_y", "pixel"),
+    ("saturation_value", None, "detector/saturation_value", None),
+    ("bit_depth_image", None, "detector/bit_depth_image", None),
+    ("incident_energy", "keV", "beam/incident_energy", "keV"),
+    ("incident_energy", "keV", "detector/detectorSpecific/photon_energy", "eV"),
+    ("incident_wavelength", "angstrom", "beam/incident_wavelength", "angstrom"),
+    ("scan_number", None, "entry/scan_number", None),
+)
+"""Name, our unit, place, and unit where the file states none. The first that is found counts."""
+
+TEXTS = (
+    ("entry_identifier", "entry/entry_identifier"),
+    ("start_time", "entry/start_time"),
+    ("start_time", "detector/detectorSpecific/data_collection_date"),
+    ("sample", "entry/sample/name"),
+    ("detector", "detector/description"),
+)
+
+METADATA = (
+    "start_time",
+    "incident_energy",
+    "detector_distance",
+    "beam_center_x",
+    "beam_center_y",
+    "x_pixel_size",
+    "y_pixel_size",
+    "sample",
+    "scan_number",
+    "detector",
+)
+"""What of the above goes into `RunStart.metadata`."""
+
+
+class Hdf5Source:
+    """The frames of one file, as a `stream.protocols.Source` that can seek.
+
+    Parameters
+    ----------
+    path
+        The file: NeXus, EIGER master, APS raw.
+    metadata
+        An APS metadata file, whose entries win over those of `path`. None: ``<stem>_metadata.hdf`` beside `path`, if
+        there is one.
+    dataset
+        Where the frames are, (n, rows, columns). None: ``/entry/data/data_000001`` and following, which EIGER master
+        files link, else ``/entry/data/data``.
+    batch
+        Frames per `FrameBatch`, rounded to whole chunks of the file so that each is decompressed once.
+    frame_time
+        Start to start of frames (s). None: as the file says.
+
+    Raises
+    ------
+    ConfigError
+        The frames, or frame_time, are not to be found.
+    SourceError
+        The file is not there, is no HDF5 file, or does not hold frames of integers of 8, 16 or 32 bit.
+
+    Notes
+    -----
+    Signed counts are taken as unsigned ones of the same size, with the largest signed value as `saturation_value`: what
+    was negative (a gap or a bad pixel, as PILATUS marks them) is then masked.
+
+    Frames that cannot be read, or were never written (HDF5 would fill in zeros), are `Rejected`, so they show as lost.
+
+    A master file names every data file that was planned. Files missing at its end are taken for those of an aborted
+    run: it is read as far as it goes, and ends with "abort". A missing file with others after it is a SourceError: it
+    exists somewhere, and a result without it would look like a good one.
+
+    `FrameBatch.timestamp_ns` follows from ``start_time`` (local time if it names no zone) and frame_time, else from the
+    file's modification time.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        metadata: Path | None = None,
+        dataset: str | None = None,
+        batch: int = 64,
+        frame_time: float | None = None,
+    ) -> None:
+        if batch < 1:
+            raise ConfigError(f"batch is {batch}, must be at least 1")
+        with ExitStack() as files:
+            file = files.enter_context(_open(path))
+            datasets, self._is_complete = _datasets(file, path, dataset)
+            found = _metadata(file)
+            beside = metadata or path.with_name(f"{path.stem}_metadata.hdf")
+            if metadata or beside.exists():
+                with _open(beside) as other:
+                    found |= _metadata(other)
+            self._blocks = [_Block(d) for d in datasets]
+            self._offsets: list[int] = np.cumsum([0, *(len(d) for d in datasets)]).tolist()
+            self._n_frames = self._offsets[-1]
+            self._start = _run_start(path, found, datasets[0], self._n_frames, frame_time)
+            self._start_ns = _start_ns(path, found.get("start_time"))
+            self._files = files.pop_all()
+        self._buffer = self._blocks[0].buffer(batch)
+        self._next = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._files.close()
+
+    def __iter__(self) -> Iterator[Message]:
+        """Yield RunStart, FrameBatches (and Rejected), RunStop."""
+        if self._next < 0:
+            self._next = 0
+            yield self._start
+        while self._next < self._n_frames:
+            yield from self._read()
+        if self._next == self._n_frames:
+            self._next += 1
+            exit_status: ExitStatus = "success" if self._is_complete else "abort"
+            yield RunStop(run=self._start.run, n_frames=self._n_frames, exit_status=exit_status)
+
+    def position(self) -> Position:
+        """Return the next frame: -1 before the RunStart, one more than there are frames after the RunStop."""
+        return {"frame": self._next}
+
+    def seek(self, position: Position) -> None:
+        """Go to a `position`; an empty one is the beginning.
+
+        Raises
+        ------
+        SourceError
+            The file has no such frame.
+        """
+        frame = position.get("frame", -1)
+        if not -1 <= frame <= self._n_frames + 1:
+            raise SourceError(f"{self._start.run}: position {frame} is outside a file of {self._n_frames} frames")
+        self._next = frame
+
+    def _read(self) -> Iterator[Message]:
+        """Read to the end of a batch and yield the good frames, and one Rejected for each stretch of bad ones."""
+        begin = self._next
+        which = bisect_right(self._offsets, begin) - 1
+        block, row = self._blocks[which], begin - self._offsets[which]
+        step = len(self._buffer)
+        frames = self._buffer[: min(step - row % step, block.n_frames - row)]
+        problems = block.read(row, frames)
+        counts = frames.view(self._start.dtype)
+        counts.flags.writeable = False
+        for problem, stretch in groupby(range(len(frames)), problems.__getitem__):
+            first, *others = stretch
+            last = others[-1] if others else first
+            self._next = begin + last + 1
+            if problem is None:
+                timestamp_ns = self._start_ns + round((begin + first) * self._start.frame_time * 1e9)
+                yield FrameBatch(
+                    run=self._start.run, first=begin + first, frames=counts[first : last + 1], timestamp_ns=timestamp_ns
+                )
+            else:
+                yield Rejected(reason=f"{block.name}: frames {begin + first} to {begin + last}: {problem}")
+
+
+class _Block:
+    """Frames that follow each other in one dataset, read chunk by chunk."""
+
+    def __init__(self, dataset: h5py.Dataset) -> None:
+        self.name = f"{dataset.file.filename} {dataset.name}"
+        self.n_frames, self._rows, self._columns = dataset.shape
+        self._dataset = dataset
+        self._chunks = dataset.chunks or dataset.shape
+        self._has_gaps = dataset.chunks is not None and dataset.id.get_num_chunks() < _n_chunks(dataset)
+        self._is_bslz4 = _is_bslz4_by_frame(dataset)
+
+    def buffer(self, batch: int) -> NDArray[np.integer[Any]]:
+        """Return room for `batch` frames, rounded to whole chunks."""
+        chunk = self._chunks[0] if self._dataset.chunks else 1
+        frame_bytes = self._dataset.dtype.itemsize * self._rows * self._columns
+        n = min(chunk * max(1, batch // chunk), max(1, MAX_READ_BYTES // frame_bytes))
+        return np.empty((n, self._rows, self._columns), self._dataset.dtype.newbyteorder("<"))
+
+    def read(self, first: int, frames: NDArray[np.integer[Any]]) -> list[str | None]:
+        """Fill `frames` from frame `first` on, and return for each what is wrong with it."""
+        problems: list[str | None] = []
+        while (begin := len(problems)) < len(frames):
+            row = first + begin
+            end = min(len(frames), begin + self._chunks[0] - row % self._chunks[0])
+            problems += [self._read_chunk(row, frames[begin:end])] * (end - begin)
+        return problems
+
+    def _read_chunk(self, row: int, frames: NDArray[np.integer[Any]]) -> str | None:
+        if self._has_gaps and not self._is_written(row):
+            return "never written"
+        try:
+            if self._is_bslz4:
+                self._decompress(row, frames[0])
+            else:
+                self._dataset.read_direct(frames, np.s_[row : row + len(frames)])
+        except (OSError, RuntimeError, ValueError) as error:
+            return str(error)
+        return None
+
+    def _is_written(self, row: int) -> bool:
+        depth, *tile = self._chunks
+        corners = product(*(range(0, n, c) for n, c in zip((self._rows, self._columns), tile, strict=True)))
+        chunks = (self._dataset.id.get_chunk_info_by_coord((row - row % depth, *corner)) for corner in corners)
+        return all(chunk.byte_offset is not None for chunk in chunks)
+
+    def _decompress(self, row: int, frame: NDArray[np.integer[Any]]) -> None:
+        filter_mask, chunk = self._dataset.id.read_direct_chunk((row, 0, 0))
+        if filter_mask == 0:
+            if (n_bytes := int.from_bytes(chunk[:8], "big")) != frame.nbytes:
+                raise ValueError(f"the chunk declares {n_bytes} bytes, a frame has {frame.nbytes}")
+            chunk = decompress(chunk, "bslz4", elem_size=frame.itemsize)
+        frame[...] = np.frombuffer(chunk, self._dataset.dtype).reshape(frame.shape)
+
+
+def _n_chunks(dataset: h5py.Dataset) -> int:
+    return math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True))
+
+
+def _is_bslz4_by_frame(dataset: h5py.Dataset) -> bool:
+    """Tell whether chunks are frames of bslz4, which `dectris.compression` decodes twice as fast as the filter."""
+    if dataset.chunks != (1, *dataset.shape[1:]):
+        return False
+    filters = dataset.id.get_create_plist()
+    if filters.get_nfilters() != 1:
+        return False
+    code, _, values, _ = filters.get_filter(0)
+    return bool(code == BITSHUFFLE and values[4:5] == (LZ4,))
+
+
+def _open(path: Path) -> h5py.File:
+    try:
+        # A reader's lock could make the detector's own writer fail.
+        return h5py.File(path, "r", locking=False)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read as HDF5: {error}") from error
+
+
+def _datasets(file: h5py.File, path: Path, name: str | None) -> tuple[list[h5py.Dataset], bool]:
+    """Return the datasets that hold the frames, in order, and whether they are all that the file names."""
+    data = file.get("/entry/data")
+    linked = [k for k in data if re.fullmatch(r"data_\d+", k)] if isinstance(data, h5py.Group) else []
+    linked.sort(key=lambda k: int(k.removeprefix("data_")))
+    names = [name] if name else [f"/entry/data/{k}" for k in linked] or ["/entry/data/data"]
+    absent = [_absent_file(file, path, n) for n in names]
+    present = [n for n, absent_file in zip(names, absent, strict=True) if absent_file is None]
+    if not present or present != names[: len(present)]:
+        raise SourceError(f"{path} needs {next(filter(None, absent))}, which is not there")
+    if len(present) < len(names):
+        logger.warning("%s: an aborted run? Its data files from %s on are not there", path, absent[len(present)])
+    datasets = [_dataset(file, path, n) for n in present]
+    frame = (datasets[0].shape[1:], datasets[0].dtype)
+    for dataset, n in zip(datasets, present, strict=True):
+        if (dataset.shape[1:], dataset.dtype) != frame:
+            raise SourceError(f"{path}: frames of {n} are {dataset.shape[1:]} {dataset.dtype}, those before {frame}")
+    return datasets, present == names
+
+
+def _absent_file(file: h5py.File, path: Path, name: str) -> str | None:
+    """Return the file that the external link `name` leads to, if it is not there."""
+    link = file.get(name, getlink=True)
+    if isinstance(link, h5py.ExternalLink) and not (path.parent / link.filename).exists():
+        return str(link.filename)
+    return None
+
+
+def _dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset:
+    try:
+        dataset = file[name]
+    except (KeyError, OSError) as error:
+        raise ConfigError(f"{path}: no frames at {name}; say where they are with dataset= ({error})") from error
+    if not isinstance(dataset, h5py.Dataset) or dataset.ndim != 3:
+        raise SourceError(f"{path}: {name} is not a dataset of (n, rows, columns): {dataset}")
+    if dataset.dtype.kind not in "ui" or dataset.dtype.itemsize > 4:
+        raise SourceError(f"{path}: {name} is {dataset.dtype}; counts are integers of 8, 16 or 32 bit")
+    if not 0 < dataset.dtype.itemsize * math.prod(dataset.shape[1:]) <= MAX_FRAME_BYTES:
+        raise SourceError(f"{path}: frames of {name} are {dataset.shape[1:]}; at most {MAX_FRAME_BYTES} bytes each")
+    for source in dataset.virtual_sources() if dataset.is_virtual else ():
+        # HDF5 would fill in zeros without a word. "." is the file itself; "%b" counts up in a series of files.
+        if not (source.file_name == "." or "%" in source.file_name or (path.parent / source.file_name).exists()):
+            raise SourceError(f"{path}: {name} needs {source.file_name}, which is not there")
+    return dataset
+
+
+def _run_start(
+    path: Path, found: dict[str, Any], dataset: h5py.Dataset, n_frames: int, frame_time: float | None
+) -> RunStart:
+    if frame_time is None:
+        frame_time = found.get("frame_time")
+    if frame_time is None or not (math.isfinite(frame_time) and frame_time > 0):
+        raise ConfigError(
+            f"frame_time is {frame_time}: give it (s) with frame_time=, or in /entry/instrument/detector/frame_time of "
+            f"{path} or of {path.stem}_metadata.hdf"
+        )
+    count_time = found.get("count_time", frame_time)
+    if not 0 < count_time <= frame_time:
+        logger.warning(
+            "%s: count_time %g s is not within frame_time, %g s, which is taken", path, count_time, frame_time
+        )
+        count_time = frame_time
+    return RunStart(
+        run=found.get("entry_identifier", path.stem),
+        shape=dataset.shape[1:],
+        dtype=np.dtype(f"<u{dataset.dtype.itemsize}").str,
+        saturation_value=_saturation_value(found, dataset.dtype),
+        frame_time=frame_time,
+        count_time=count_time,
+        metadata={"n_frames": n_frames} | {name: found[name] for name in METADATA if name in found},
+    )
+
+
+def _saturation_value(found: dict[str, Any], dtype: np.dtype[Any]) -> int | None:
+    """Return the largest value that is a count.
+
+    EIGER marks masked and overflown pixels with the largest value of its image bit depth (DECTRIS, SIMPLON API).
+    """
+    largest = int(np.iinfo(dtype).max)
+    stated = found.get("saturation_value", 0)
+    if 0 < stated < largest and stated == int(stated):
+        return int(stated)
+    if dtype.kind == "i":
+        return largest
+    if "is_eiger" in found:
+        depth = found.get("bit_depth_image")
+        return min(largest, 2**depth - 1 if depth in (8, 16, 32) else largest) - 1
+    return None
+
+
+def _start_ns(path: Path, start_time: str | None) -> int:
+    """Return when frame 0 started (ns since the Unix epoch)."""
+    if start_time is not None:
+        try:
+            return (datetime.fromisoformat(start_time).astimezone(UTC) - EPOCH) // timedelta(microseconds=1) * 1000
+        except ValueError:
+            logger.warning("%s: start_time %r is not ISO 8601; taking the modification time", path, start_time)
+    return path.stat().st_mtime_ns
+
+
+def _metadata(file: h5py.File) -> dict[str, Any]:
+    """Return what the file holds of `NUMBERS` and `TEXTS`, in our units, and whether it is EIGER's."""
+    entry = file.get("/entry")
+    if not isinstance(entry, h5py.Group):
+        return {}
+    groups = {
+        "entry": entry,
+        "detector": _member(entry, "NXdetector", "detector", "detector_1"),
+        "beam": _member(entry, "NXbeam", "incident_beam", "beam"),
+    }
+    found: dict[str, Any] = {}
+    for name, unit, place, default in NUMBERS:
+        if name not in found and (number := _number(groups, place, unit, default)) is not None:
+            found[name] = number
+    for name, place in TEXTS:
+        if name not in found and (text := _text(groups, place)) is not None:
+            found[name] = text
+    if found.get("incident_wavelength", 0) > 0:
+        found.setdefault("incident_energy", KEV_ANGSTROM / found["incident_wavelength"])
+    if "detectorSpecific" in groups["detector"]:
+        found["is_eiger"] = True
+    return found
+
+
+def _member(entry: h5py.Group, nx_class: str, *names: str) -> Any:
+    """Return the first group of the instrument that is of the NeXus class, else has one of the names; else nothing."""
+    instrument = entry.get("instrument")
+    if not isinstance(instrument, h5py.Group):
+        return {}
+    members = {name: m for name in instrument if isinstance(m := instrument.get(name), h5py.Group)}
+    classed = [m for m in members.values() if m.attrs.get("NX_class") in (nx_class, nx_class.encode())]
+    return next(iter(classed + [members[name] for name in names if name in members]), {})
+
+
+def _text(groups: dict[str, Any], place: str) -> str | None:
+    value = _scalar(_field(groups, place))
+    return value if isinstance(value, str) else None
+
+
+def _number(groups: dict[str, Any], place: str, unit: str | None, default: str | None) -> Any:
+    """Return a number in our unit; None, with a warning, if it is not finite or in a unit we do not know."""
+    field = _field(groups, place)
+    value = _scalar(field)
+    if value is None:
+        return None
+    stated = str(_decode(field.attrs.get("units", default)))
+    if not isinstance(value, int | float) or not math.isfinite(value) or (unit and stated not in UNITS[unit]):
+        logger.warning("%s: %s is %s %s, which is left out", field.file.filename, field.name, value, stated)
+        return None
+    return value * UNITS[unit][stated] if unit and UNITS[unit][stated] != 1 else value
+
+
+def _field(groups: dict[str, Any], place: str) -> Any:
+    group, _, path = place.partition("/")
+    field = groups[group].get(path)
+    return field if isinstance(field, h5py.Dataset) and field.size == 1 else None
+
+
+def _scalar(field: Any) -> Any:
+    return None if field is None else _decode(np.ravel(field[()]).tolist()[0])
+
+
+def _decode(value: Any) -> Any:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value

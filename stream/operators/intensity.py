@@ -1,0 +1,87 @@
+"""Mean counts of the mapped pixels against time: what the beam did."""
+
+from typing import Self
+
+import numpy as np
+
+from stream.messages import Arrays, FrameBatch, RunStart
+from stream.operators.kernels import totals
+from stream.operators.roimap import RoiMap
+from stream.operators.segments import Segments
+from stream.operators.state import check_identity, identity
+from stream.operators.tiles import Threads
+
+MAX_INTERVALS = 1 << 16
+
+
+class Intensity:
+    """Counts per pixel and frame of one region, for each frame or, in long runs, each of 2**15 to 2**16 intervals.
+
+    Parameters
+    ----------
+    start, roimap
+        The run, and the map of the whole detector.
+    threads
+        Kernel threads; None = all cores this process may use.
+    """
+
+    name = "intensity"
+
+    def __init__(self, start: RunStart, roimap: RoiMap, *, threads: int | None = None) -> None:
+        self.n_frames = 0
+        self._start = start
+        self._roimap = roimap
+        self._threads = Threads(threads)
+        self._limit = np.iinfo(np.int64).max if start.saturation_value is None else start.saturation_value
+        inside = roimap.crop(start.origin, start.shape).static_roi_map > 0
+        self._alive = inside.ravel().astype(np.uint8)
+        self._intervals = Segments(MAX_INTERVALS, 2)
+
+    def push(self, batch: FrameBatch) -> None:
+        """Fold in frames; see `stream.protocols.Operator`."""
+        frames = batch.frames.reshape(len(batch.frames), -1)
+        per_frame = np.zeros((self._threads.n, 2, len(frames)), np.int64)
+
+        def add(part: int, begin: int, end: int) -> None:
+            totals.over_pixels(frames, self._limit, self._alive, per_frame[part, 0], per_frame[part, 1], begin, end)
+
+        self._threads.run(add, self._alive.size)
+        for interval, part in self._intervals.over(batch.first, len(frames)):
+            self._intervals.sums[interval] += per_frame[:, :, part].sum(axis=(0, 2))
+        self.n_frames = batch.first + len(frames)
+
+    def result(self) -> Arrays:
+        """Return the intensity so far.
+
+        Returns
+        -------
+        frame : (n,) int64
+            First frame of each interval; intervals in which no frame came are left out.
+        intensity : (n,) float64
+            Counts per pixel and frame.
+        """
+        counts, pixel_frames = self._intervals.sums[: self._intervals.n(self.n_frames)].T
+        known = np.flatnonzero(pixel_frames)
+        return {"frame": known * self._intervals.length, "intensity": counts[known] / pixel_frames[known]}
+
+    def merge(self, other: Self) -> None:
+        """Add another region of the same frames; see `stream.protocols.Operator`."""
+        if self.n_frames != other.n_frames:
+            raise ValueError(f"intensity: {other.n_frames} frames cannot be merged into {self.n_frames}")
+        self._intervals.sums = self._intervals.sums + other._intervals.sums
+
+    def snapshot(self) -> Arrays:
+        """Return the state; see `stream.protocols.Operator`."""
+        return {
+            **identity(self._start, self._roimap),
+            "n_frames": np.array([self.n_frames, self._intervals.length]),
+            "alive": self._alive.copy(),
+            "intervals": self._intervals.sums.copy(),
+        }
+
+    def restore(self, state: Arrays) -> None:
+        """Take over a state; see `stream.protocols.Operator`."""
+        check_identity(self.name, state, identity(self._start, self._roimap))
+        self.n_frames, self._intervals.length = (int(n) for n in state["n_frames"])
+        self._alive = state["alive"].copy()
+        self._intervals.sums = state["intervals"].copy()

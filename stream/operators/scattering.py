@@ -1,0 +1,135 @@
+"""Mean scattering: in two dimensions, per static bin, and per static bin in segments of time (radiation damage)."""
+
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream.messages import Arrays, FrameBatch, RunStart
+from stream.operators.kernels import totals
+from stream.operators.roimap import RoiMap
+from stream.operators.segments import Segments
+from stream.operators.state import check_identity, identity
+from stream.operators.tiles import Threads
+
+MAX_SEGMENTS = 20
+
+
+class Scattering:
+    """Mean counts of one region.
+
+    A pixel that reads more than the saturation value leaves for the rest of the run; in the image it is NaN.
+
+    Parameters
+    ----------
+    start, roimap
+        The run, and the map of the whole detector.
+    threads
+        Kernel threads; None = all cores this process may use.
+    """
+
+    name = "scattering"
+
+    def __init__(self, start: RunStart, roimap: RoiMap, *, threads: int | None = None) -> None:
+        self.n_frames = 0
+        self._start = start
+        self._roimap = roimap
+        self._threads = Threads(threads)
+        self._bins = roimap.crop(start.origin, start.shape).static_roi_map.ravel()
+        n_pixel = self._bins.size
+        self._limit = np.iinfo(np.int64).max if start.saturation_value is None else start.saturation_value
+        self._alive = np.ones(n_pixel, np.uint8)
+        self._totals = np.zeros(n_pixel, np.int64)
+        self._received = 0
+        self._counts = Segments(MAX_SEGMENTS, roimap.n_static)
+        self._pixel_frames = Segments(MAX_SEGMENTS, roimap.n_static)
+        self._merged: dict[tuple[int, int], NDArray[np.float64]] = {}
+
+    def push(self, batch: FrameBatch) -> None:
+        """Fold in frames; see `stream.protocols.Operator`."""
+        frames = batch.frames.reshape(len(batch.frames), -1)
+        spans = zip(
+            self._counts.over(batch.first, len(frames)), self._pixel_frames.over(batch.first, len(frames)), strict=True
+        )
+        for (segment, part), _ in spans:
+            sums, n = np.zeros_like(self._totals), np.zeros_like(self._totals)
+            rows = frames[part]
+
+            def add(_: int, begin: int, end: int, rows=rows, sums=sums, n=n) -> None:  # type: ignore[no-untyped-def]
+                totals.over_frames(rows, self._limit, self._alive, sums, n, begin, end)
+
+            self._threads.run(add, len(sums))
+            self._totals += sums
+            totals.per_bin(sums, self._bins, self._counts.sums[segment])
+            totals.per_bin(n, self._bins, self._pixel_frames.sums[segment])
+        self._received += len(frames)
+        self.n_frames = batch.first + len(frames)
+
+    def result(self) -> Arrays:
+        """Return the means so far.
+
+        Returns
+        -------
+        image : (rows, cols) float64
+            Counts per frame; NaN where masked.
+        origin : (2,) int64
+            Its first row and column on the detector.
+        scattering_1d : (n_static,) float64
+            Counts per pixel and frame; NaN for bins without light-sensitive pixels.
+        scattering_1d_segments : (n_segment, n_static) float64
+        segment_start : (n_segment,) int64
+            First frame of each segment.
+        """
+        counts, pixel_frames = self._counts.sums, self._pixel_frames.sums
+        n_segment = self._counts.n(self.n_frames)
+        images = {self._start.origin: self._image(), **self._merged}
+        origin = np.min(list(images), axis=0)
+        corners = [np.add(at, image.shape) for at, image in images.items()]
+        whole = np.full(np.max(corners, axis=0) - origin, np.nan)
+        for at, image in images.items():
+            row, column = np.subtract(at, origin)
+            whole[row : row + image.shape[0], column : column + image.shape[1]] = image
+        return {
+            "image": whole,
+            "origin": origin.astype(np.int64),
+            "scattering_1d": _mean(counts.sum(axis=0), pixel_frames.sum(axis=0)),
+            "scattering_1d_segments": _mean(counts, pixel_frames)[:n_segment],
+            "segment_start": np.arange(n_segment) * self._counts.length,
+        }
+
+    def _image(self) -> NDArray[np.float64]:
+        n = np.where(self._alive > 0, self._received, 0)
+        return _mean(self._totals, n).reshape(self._start.shape)
+
+    def merge(self, other: Self) -> None:
+        """Add another region of the same frames; see `stream.protocols.Operator`."""
+        if (self.n_frames, self._roimap.digest) != (other.n_frames, other._roimap.digest):
+            raise ValueError(f"scattering: {other.n_frames} frames cannot be merged into {self.n_frames}")
+        self._merged |= {other._start.origin: other._image(), **other._merged}
+        self._counts.sums = self._counts.sums + other._counts.sums
+        self._pixel_frames.sums = self._pixel_frames.sums + other._pixel_frames.sums
+
+    def snapshot(self) -> Arrays:
+        """Return the state; see `stream.protocols.Operator`."""
+        return {
+            **identity(self._start, self._roimap),
+            "n_frames": np.array([self.n_frames, self._received, self._counts.length]),
+            "alive": self._alive.copy(),
+            "totals": self._totals.copy(),
+            "counts": self._counts.sums.copy(),
+            "pixel_frames": self._pixel_frames.sums.copy(),
+        }
+
+    def restore(self, state: Arrays) -> None:
+        """Take over a state; see `stream.protocols.Operator`."""
+        check_identity(self.name, state, identity(self._start, self._roimap))
+        self.n_frames, self._received, length = (int(n) for n in state["n_frames"])
+        self._alive = state["alive"].copy()
+        self._totals = state["totals"].copy()
+        self._counts.length = self._pixel_frames.length = length
+        self._counts.sums = state["counts"].copy()
+        self._pixel_frames.sums = state["pixel_frames"].copy()
+
+
+def _mean(sums: NDArray[np.int64], n: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.where(n > 0, sums / np.maximum(n, 1), np.nan)

@@ -1,0 +1,71 @@
+"""Physical quantities as people write them, "500 ms" or "11 keV", as plain floats in the units of this package."""
+
+import math
+import re
+from functools import cache
+from typing import TYPE_CHECKING
+
+from stream.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pint
+
+NAMES = {
+    "s": "a time",
+    "m": "a length",
+    "keV": "an energy",
+    "1/s": "a rate",
+    "1/angstrom": "a wavevector",
+    "angstrom^2/s": "a diffusion coefficient",
+}
+"""The units of this package and what is measured in them."""
+
+# Narrower than what pint reads: it would raise 9**9**9**9 to its power.
+_FACTOR = r"[^\W\d_]+(?:\s*(?:\^|\*\*)\s*-?[1-9])?"
+_QUANTITY = re.compile(
+    r"\s*(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
+    rf"(?P<unit>(?:(?:\s+1)?\s*/)?\s*{_FACTOR}(?:\s*[ */]\s*{_FACTOR})*)?\s*"
+)
+
+
+def quantity(text: object, unit: str) -> float:
+    """Return the value of `text` in `unit`.
+
+    Parameters
+    ----------
+    text
+        A number and a unit, e.g. ``"500 ms"``, ``"0.05 1/nm"``, ``"2e4 angstrom^2/s"``.
+    unit
+        One of `NAMES`.
+
+    Raises
+    ------
+    ConfigError
+        `text` has no unit, or is something else, or is not finite.
+    """
+    import pint  # slow to import, and most commands need none
+
+    name = NAMES[unit]
+    not_one = ConfigError(f'"{text}" is not {name}; write e.g. "5 {unit}"')
+    match = _QUANTITY.fullmatch(str(text))
+    if match is None:
+        raise not_one
+    if match["unit"] is None:
+        raise ConfigError(f'"{text}" has no unit; {name} is written e.g. "{match["number"]} {unit}"')
+    written = match["unit"].strip()
+    try:
+        factor = _registry().Quantity(1.0, f"1{written}" if written.startswith("/") else written).to(unit).magnitude
+    except pint.PintError:
+        raise not_one from None
+    # Dividing by a whole factor gives 0.05 for "50 ms", where multiplying by 0.001 gives the next float but one.
+    value = float(match["number"]) * factor if factor >= 1 else float(match["number"]) / round(1 / factor, 9)
+    if not math.isfinite(value):
+        raise ConfigError(f'"{text}" is not finite')
+    return value
+
+
+@cache
+def _registry() -> "pint.UnitRegistry[float]":
+    import pint
+
+    return pint.UnitRegistry()

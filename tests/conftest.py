@@ -1,0 +1,41 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+from stream.messages import RunStart
+from stream.operators.roimap import RoiMap
+
+# Kernels compile on their first call, which hypothesis would take for a slow example.
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=30)
+settings.load_profile("here")
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """Real recordings, which stand beside the project where it is developed."""
+    path = Path(__file__).parents[2] / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"the real recordings are not at {path}")
+    return path
+
+
+@pytest.fixture
+def roimap():
+    return make_roimap()
+
+
+def make_roimap(shape=(6, 50), n_static=6, n_dynamic=2, seed=0):
+    """Random static bins 1..n_static and pixels outside, consecutive bins grouped."""
+    static = np.random.default_rng(seed).integers(0, n_static + 1, shape)
+    return RoiMap(static_roi_map=static, dynamic_roi_map=-(-static * n_dynamic // n_static))
+
+
+def make_start(shape=(6, 50), **changes):
+    return RunStart(
+        **{"run": "run-1", "shape": shape, "dtype": "<u2", "frame_time": 0.01, "count_time": 0.009} | changes
+    )

@@ -1,0 +1,133 @@
+"""What every operator promises, bit for bit: see `stream.protocols.Operator`."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stream.errors import CheckpointError
+from stream.messages import FrameBatch
+from stream.operators.intensity import Intensity
+from stream.operators.multitau import MultiTau
+from stream.operators.scattering import Scattering
+from tests.conftest import make_roimap, make_start
+
+SHAPE = (6, 50)
+ROIMAP = make_roimap(SHAPE)
+
+
+def multitau_per_pixel(start, roimap, **options):
+    return MultiTau(start, roimap, error="pixel", **options)
+
+
+every_operator = pytest.mark.parametrize("make", [MultiTau, multitau_per_pixel, Scattering, Intensity])
+
+
+@st.composite
+def streams(draw):
+    """Frames of any dtype with saturated pixels, cut into batches, some of which never come."""
+    dtype = draw(st.sampled_from(["|u1", "<u2", "<u4"]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    lengths = draw(st.lists(st.integers(1, 90), min_size=1, max_size=5))
+    top = draw(st.sampled_from([3, 200, np.iinfo(dtype).max]))
+    frames = rng.integers(0, top, (sum(lengths), *SHAPE), dtype)
+    frames[rng.random(frames.shape) < draw(st.sampled_from([0, 1e-4]))] = np.iinfo(dtype).max
+    start = make_start(SHAPE, dtype=dtype, saturation_value=int(np.iinfo(dtype).max) - 1)
+    ends = np.cumsum(lengths)
+    came = [draw(st.booleans()) for _ in lengths[:-1]] + [True]
+    spans = [(int(end - n), int(end)) for n, end, here in zip(lengths, ends, came, strict=True) if here]
+    return start, frames, spans
+
+
+def push(operator, frames, spans):
+    for begin, end in spans:
+        operator.push(FrameBatch(run="run-1", first=begin, frames=frames[begin:end], timestamp_ns=0))
+    return operator
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@every_operator
+@given(stream=streams(), cut=st.integers(1, 100))
+def test_how_frames_are_batched_does_not_matter(make, stream, cut):
+    start, frames, spans = stream
+    pieces = [(i, min(i + cut, end)) for begin, end in spans for i in range(begin, end, cut)]
+    whole, cut_up = push(make(start, ROIMAP), frames, spans), push(make(start, ROIMAP), frames, pieces)
+    assert_same(whole.result(), cut_up.result())
+    assert_same(whole.snapshot(), cut_up.snapshot())
+
+
+@every_operator
+@given(stream=streams(), at=st.integers(0, 5))
+def test_a_restored_operator_goes_on_as_if_nothing_had_happened(make, stream, at):
+    start, frames, spans = stream
+    first = push(make(start, ROIMAP), frames, spans[:at])
+    second = make(start, ROIMAP)
+    second.restore(first.snapshot())
+    assert second.n_frames == first.n_frames
+    assert_same(push(second, frames, spans[at:]).result(), push(make(start, ROIMAP), frames, spans).result())
+
+
+@every_operator
+@given(stream=streams())
+def test_a_snapshot_does_not_change_with_later_frames(make, stream):
+    start, frames, spans = stream
+    operator = push(make(start, ROIMAP), frames, spans[:1])
+    snapshot = operator.snapshot()
+    kept = {name: array.copy() for name, array in snapshot.items()}
+    push(operator, frames, spans[1:])
+    assert_same(snapshot, kept)
+
+
+@every_operator
+@given(stream=streams(), row=st.integers(1, SHAPE[0] - 1))
+def test_regions_merge_into_the_whole_detector(make, stream, row):
+    start, frames, spans = stream
+    changes = {"dtype": start.dtype, "saturation_value": start.saturation_value}
+    upper = make(make_start((row, SHAPE[1]), **changes), ROIMAP)
+    lower = make(make_start((SHAPE[0] - row, SHAPE[1]), origin=(row, 0), **changes), ROIMAP)
+    push(upper, frames[:, :row], spans)
+    push(lower, frames[:, row:], spans)
+    lower.merge(upper)
+    assert_same(lower.result(), push(make(start, ROIMAP), frames, spans).result())
+
+
+@every_operator
+@given(stream=streams())
+def test_asking_for_a_result_changes_nothing(make, stream):
+    start, frames, spans = stream
+    asked = make(start, ROIMAP)
+    for span in spans:
+        push(asked, frames, [span])
+        asked.result()
+    assert_same(asked.snapshot(), push(make(start, ROIMAP), frames, spans).snapshot())
+
+
+@every_operator
+def test_a_result_before_the_first_frame_is_empty_and_no_error(make):
+    for array in make(make_start(SHAPE), ROIMAP).result().values():
+        assert array.dtype.kind in "if"
+
+
+@every_operator
+def test_a_state_made_with_other_roi_maps_is_refused(make):
+    other = make(make_start(SHAPE), make_roimap(SHAPE, seed=1))
+    with pytest.raises(CheckpointError, match="another roimap"):
+        make(make_start(SHAPE), ROIMAP).restore(other.snapshot())
+
+
+@every_operator
+def test_a_state_of_another_region_is_refused(make):
+    other = make(make_start((3, 50)), ROIMAP)
+    with pytest.raises(CheckpointError, match="another region"):
+        make(make_start(SHAPE), ROIMAP).restore(other.snapshot())
+
+
+def test_a_state_made_with_other_delays_is_refused():
+    with pytest.raises(CheckpointError, match="another parameters"):
+        MultiTau(make_start(), ROIMAP).restore(MultiTau(make_start(), ROIMAP, delays_per_level=8).snapshot())
