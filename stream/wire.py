@@ -171,9 +171,9 @@ class _ArrayEntry(BaseModel):
     def _consistent(self) -> Self:
         itemsize = np.dtype(self.dtype).itemsize
         if math.prod(self.shape) * itemsize != self.nbytes:
-            raise ValueError(f"{self.name}: shape {list(self.shape)} of {self.dtype} is not nbytes = {self.nbytes}")
+            raise ValueError(f"{self.name!r}: shape {list(self.shape)} of {self.dtype} is not nbytes = {self.nbytes}")
         if math.prod(length or 1 for length in self.shape) * itemsize >= 2**63:
-            raise ValueError(f"{self.name}: shape {list(self.shape)} is no array's")
+            raise ValueError(f"{self.name!r}: shape {list(self.shape)} is no array's")
         return self
 
 
@@ -428,7 +428,7 @@ def _check_plain(value: Any, path: str, depth: int) -> None:
             for key, item in value.items():
                 if not isinstance(key, str):
                     raise ValueError(f"{path} has the key {reprlib.repr(key)}, not a string")  # noqa: TRY004 for pydantic
-                _check_plain(item, f"{path}.{key:.64}", depth + 1)
+                _check_plain(item, f"{path}.{reprlib.repr(key)[1:-1]}", depth + 1)
         case _:
             raise ValueError(f"{path} = {reprlib.repr(value)} is not a number of 64 bits, string, list or map")
 

@@ -144,8 +144,7 @@ def test_long_runs_do_not_drift():
         c = flat[: n << level].reshape(n, -1, flat.shape[1]).sum(axis=1)
         means = [(x.sum(axis=0)) / (n - k) for x in (c[:-k] * c[k:], c[:-k], c[k:])]
         g2 = [
-            (G2 := means[0][static == b].mean()) / (means[1][static == b].mean() * means[2][static == b].mean())
-            for b in (1, 2)
+            means[0][static == b].mean() / (means[1][static == b].mean() * means[2][static == b].mean()) for b in (1, 2)
         ]
         assert result["delay"][i] == k << level
         np.testing.assert_allclose(result["g2"][i, 0], np.mean(g2), rtol=1e-12)

@@ -87,8 +87,8 @@ class SimulatedSource:
 
     Notes
     -----
-    ``metadata["truth"]`` has ``contrast`` beta, ``stretch`` gamma, ``weights`` [p_j], ``factors`` [f_j], and ``rate`` as
-    `truth_rate`.
+    ``metadata["truth"]`` has ``contrast`` beta, ``stretch`` gamma, ``weights`` [p_j], ``factors`` [f_j], and ``rate``,
+    which is `truth_rate`.
     """
 
     def __init__(
@@ -282,7 +282,7 @@ class _Speckle:
                 self._intensity[tile],
                 self._sqrt_contrast,
                 saturation_value,
-                frames[:, pixel : pixel + TILE],
+                frames,
             )
 
         for _ in threads.map(work, range(len(self._intensity))):
@@ -363,11 +363,11 @@ def _count_tile(
     saturation_value: Any,
     counts: Any,
 ) -> None:
-    n_frames, n_pixels = counts.shape
+    n_pixels = min(TILE, counts.shape[1] - pixel)
     noise_re, noise_im = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     sum_re, sum_im = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    uniform, intensity, found = np.empty(TILE), np.empty(TILE), np.empty(TILE, np.int64)
-    for i in range(n_frames):
+    uniform, intensity, found = np.empty(TILE), np.empty(TILE), np.empty(TILE, np.int32)
+    for i in range(len(counts)):
         frame = np.uint64(first + i)
         sum_re[:] = 0
         sum_im[:] = 0
@@ -382,7 +382,8 @@ def _count_tile(
         for p in range(n_pixels):
             if intensity[p] > MANY:
                 found[p] = _poisson_by_rejection(intensity[p], key[0], key[1], pixel + p, frame)
-            counts[i, p] = min(found[p], saturation_value)
+        for p in range(n_pixels):
+            counts[i, pixel + p] = min(found[p], saturation_value)
 
 
 @njit(nogil=True, cache=True)
@@ -431,13 +432,13 @@ def _poisson(intensity: Any, uniform: Any, found: Any) -> None:
             term[p] = math.exp(-intensity[begin + p]) if intensity[begin + p] <= MANY else 1.0
             total[p] = term[p]
             found[begin + p] = 0
-        k, unfinished = 0.0, 1
+        k, unfinished = 0.0, np.int32(1)
         while unfinished > 0:
             k += 1.0
             inverse = 1.0 / k
-            unfinished = 0
+            unfinished = np.int32(0)
             for p in range(BLOCK):
-                beyond = 1 if uniform[begin + p] >= total[p] else 0
+                beyond = np.int32(uniform[begin + p] >= total[p])
                 found[begin + p] += beyond
                 unfinished += beyond
                 term[p] *= intensity[begin + p] * inverse

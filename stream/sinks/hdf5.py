@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib import metadata
+from numbers import Real
 from pathlib import Path
 from typing import Any, Self
 
@@ -140,7 +141,7 @@ class Hdf5Sink:
 def _free(path: Path, run: str) -> Path:
     """Return the first name for the file of `run` that is not taken by another run."""
     name = re.sub(r"[^A-Za-z0-9._-]", "_", run)[:80]
-    if name != run or name.startswith("."):
+    if name != run or not name[:1].isalnum():
         name = f"run_{name}_{sha256(run.encode('utf-8', 'replace')).hexdigest()[:8]}"
     first = Path(str(path).replace("{run}", name))
     second = first.with_name(f"{first.stem}_{name}{first.suffix}")
@@ -156,7 +157,7 @@ def _owner(path: Path) -> str | None:
     """Return the run of the file, "" if it is no result file, None if there is none."""
     if not path.exists():
         return None
-    with suppress(OSError, KeyError), h5py.File(path) as file:
+    with suppress(OSError, KeyError, TypeError, AttributeError), h5py.File(path) as file:
         return str(file["entry/entry_identifier"].asstr()[()])
     return ""
 
@@ -210,7 +211,7 @@ def _process(xpcs: h5py.Group, run: _Run, stop: RunStop, configuration: str) -> 
     _put(xpcs, "version", version)
     _put(xpcs, "date", datetime.now(UTC).isoformat())
     _put(xpcs, "configuration", configuration)
-    _put(xpcs, "metadata", json.dumps(run.start.metadata, default=_plain))
+    _put(xpcs, "metadata", _json(run.start))
     _put(xpcs, "n_frames", stop.n_frames)
     _put(xpcs, "exit_status", stop.exit_status)
 
@@ -310,8 +311,8 @@ def _entry(entry: h5py.Group, run: _Run) -> None:
         _put(entry, "start_time", known["start_time"])
     except (TypeError, ValueError):
         _put(entry, "start_time", run.told.isoformat(), source="clock of xpcs-stream when the run was announced")
-    if "sample" in known:
-        _put(_group(entry, "sample", "NXsample"), "name", str(known["sample"]))
+    if isinstance(known.get("sample"), str):
+        _put(_group(entry, "sample", "NXsample"), "name", known["sample"])
 
 
 def _instrument(entry: h5py.Group, start: RunStart, qmap: Mapping[str, Any]) -> None:
@@ -320,8 +321,8 @@ def _instrument(entry: h5py.Group, start: RunStart, qmap: Mapping[str, Any]) -> 
     detector = _group(instrument, "detector_1", "NXdetector")
     _put(detector, "frame_time", start.frame_time, units="s")
     _put(detector, "count_time", start.count_time, units="s")
-    if "detector" in start.metadata:
-        _put(detector, "description", str(start.metadata["detector"]))
+    if isinstance(start.metadata.get("detector"), str):
+        _put(detector, "description", start.metadata["detector"])
     for group, name, units, of_run, of_map in (
         (beam, "incident_energy", "keV", "incident_energy", "energy"),
         (detector, "distance", "m", "detector_distance", "detector_distance"),
@@ -330,11 +331,11 @@ def _instrument(entry: h5py.Group, start: RunStart, qmap: Mapping[str, Any]) -> 
         (detector, "x_pixel_size", "m", "x_pixel_size", "pixel_size"),
         (detector, "y_pixel_size", "m", "y_pixel_size", "pixel_size"),
     ):
-        value = start.metadata.get(of_run)
-        known = isinstance(value, int | float | np.number) and np.isfinite(value)
+        value: Any = start.metadata.get(of_run)
+        known = isinstance(value, Real) and -1e300 < value < 1e300
         if value is not None and not known:
             logger.warning("run %s: %s is %r, not a number; taken from the map", start.run, of_run, value)
-        number: Any = value if known else qmap.get(of_map, np.nan)
+        number = value if known else qmap.get(of_map, np.nan)
         _put(group, name, float(number), units=units, source="run" if known else "qmap")
 
 
@@ -375,7 +376,15 @@ def _fits(run: _Run, operator: str, name: str, shape: tuple[int, ...], expected:
         raise SinkError(f"run {run.start.run}: result {operator!r}: {name}: {shape} does not fit the map's {expected}")
 
 
-def _plain(value: Any) -> Any:
+def _json(start: RunStart) -> str:
+    try:
+        return json.dumps(start.metadata, default=_plain)
+    except (TypeError, ValueError, RecursionError) as error:
+        logger.warning("run %s: metadata is not kept: %s", start.run, error)
+        return "{}"
+
+
+def _plain(value: object) -> Any:
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
 
 

@@ -84,7 +84,13 @@ class ZmqSink:
             self._context.term()
             raise SinkError(f"{address}: {error}") from error
         self.address = socket.get_string(zmq.LAST_ENDPOINT)
-        self._socket = _start_publisher(self._context, socket) if self._publishes else socket
+        self._socket = socket
+        if self._publishes:
+            inbox, self._socket = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
+            inbox.bind("inproc://publisher")
+            self._socket.connect("inproc://publisher")
+            self._publisher = threading.Thread(target=_publish, args=(inbox, socket), name="publisher", daemon=True)
+            self._publisher.start()
 
     def __enter__(self) -> Self:
         return self
@@ -94,8 +100,9 @@ class ZmqSink:
     ) -> None:
         if self._publishes:
             self._socket.send(b"")
+            self._publisher.join()
         self._socket.close()
-        self._context.term()  # waits for the publisher, and for what is not yet sent
+        self._context.term()  # waits for what is not yet sent
 
     def write(self, output: Output) -> None:
         """Send one message.
@@ -130,14 +137,6 @@ class ZmqSink:
             raise SinkError(f"{self.address}: nobody took anything for {self._timeout} s") from error
         except zmq.ZMQError as error:
             raise SinkError(f"{self.address}: {error}") from error
-
-
-def _start_publisher(context: zmq.Context[zmq.Socket[bytes]], outbox: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
-    inbox, sender = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
-    inbox.bind("inproc://publisher")
-    sender.connect("inproc://publisher")
-    threading.Thread(target=_publish, args=(inbox, outbox), name="publisher", daemon=True).start()
-    return sender
 
 
 def _publish(inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> None:

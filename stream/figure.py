@@ -1,0 +1,278 @@
+"""A result file as one picture: g2 of every bin, the mean image with the bins, scattering and intensity."""
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import h5py
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import NullFormatter
+from numpy.typing import NDArray
+
+from stream.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_NEEDED = (
+    *("entry/entry_identifier", "entry/start_time", "entry/data/v_dim0", "entry/data/v_dim1"),
+    *("entry/instrument/detector_1/frame_time", "xpcs/qmap/dynamic_roi_map", "xpcs/spatial_mean"),
+    *("xpcs/multitau/normalized_g2", "xpcs/multitau/normalized_g2_err", "xpcs/multitau/tau", "xpcs/multitau/n_pairs"),
+    *("xpcs/temporal_mean/frame_average", "xpcs/temporal_mean/v_dim0", "xpcs/temporal_mean/scattering_1d"),
+    *("xpcs/temporal_mean/scattering_1d_segments", "xpcs/metadata", "xpcs/n_frames", "xpcs/exit_status"),
+)
+
+_FEW_PAIRS = 32
+"""Delays with fewer pairs of frames are drawn pale."""
+
+_MOST_PANELS = 40
+_UNITS = {"1/angstrom": "Å⁻¹", "A^-1": "Å⁻¹", "Å^-1": "Å⁻¹", "degree": "°", "deg": "°"}
+_INK = "#1f2933"
+_PALE = "#8b98a5"
+_TRUTH = "#d1495b"
+
+
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    """One dimension of the map, e.g. q: where each bin lies."""
+
+    name: str
+    unit: str
+    values: NDArray[np.float64]
+
+    @classmethod
+    def read(cls, dataset: h5py.Dataset) -> Self:
+        unit = str(dataset.attrs["units"])
+        return cls(str(dataset.attrs["long_name"]), _UNITS.get(unit, unit), dataset[()])
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} ({self.unit})" if self.unit else self.name
+
+    def at(self, index: int) -> str:
+        space = "" if self.unit == "°" else " "
+        return f"{self.name} = {self.values[index]:.4g}{space}{self.unit}"
+
+
+def draw(path: Path) -> Figure:
+    """Return the picture of a result file written by `stream.sinks.hdf5`.
+
+    Above `_MOST_PANELS` dynamic bins an even choice of them is drawn. Where the run was simulated and the file says
+    so, the g2 that it was made with is drawn over the measured one:
+    g2 = 1 + contrast * (sum_j weights_j exp(-rate_bin factors_j tau))^2.
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be opened, or is not one of ours: the message names what it lacks.
+    """
+    try:
+        with h5py.File(path) as file:
+            missing = [name for name in _NEEDED if name not in file]
+            if missing:
+                raise ConfigError(f"{path} is not a result file of xpcs-stream: it has no {', '.join(missing)}")
+            return _draw(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _draw(file: h5py.File) -> Figure:
+    n_bins = file["xpcs/multitau/normalized_g2"].shape[1]
+    height = max(7.5, 2.0 * _grid(min(n_bins, _MOST_PANELS))[0])
+    figure = Figure(figsize=(15, 0.65 + height), layout="constrained", facecolor="white")
+    header, body = figure.subfigures(2, 1, squeeze=False, height_ratios=[0.65, height])[:, 0]
+    left, right = body.subfigures(1, 2, squeeze=False, width_ratios=[1.75, 1])[0]
+    _header(header, file)
+    _correlations(left, file)
+    image, scattering, intensity, blank = right.subplots(4, 1, height_ratios=[3.5, 2.2, 1.8, height - 7.4])
+    blank.remove()
+    _image(image, file)
+    _scattering(scattering, file["xpcs/temporal_mean"])
+    _intensity(intensity, file)
+    for axes in figure.get_axes():
+        axes.tick_params(colors=_INK, labelsize=8)
+        axes.spines[:].set_color(_PALE)
+    return figure
+
+
+def _header(figure: SubFigure, file: h5py.File) -> None:
+    xpcs = file["xpcs"]
+    run = file["entry/entry_identifier"].asstr()[()]
+    parts = [f"{xpcs['n_frames'][()]:,} frames × {file['entry/instrument/detector_1/frame_time'][()] * 1e3:.4g} ms"]
+    if "ledger" in xpcs:
+        ledger = xpcs["ledger"]
+        parts.append(f"{ledger['lost'][()]:,} lost" if ledger["lost"][()] else "none lost")
+        parts += [f"{ledger[name][()]:,} {name}" for name in ("late", "duplicate", "undecodable") if ledger[name][()]]
+    if (status := xpcs["exit_status"].asstr()[()]) != "success":
+        parts.append(f"exit status: {status}")
+    parts.append(file["entry/start_time"].asstr()[()][:19].replace("T", " "))
+    figure.text(0.012, 0.62, _plain(run), fontsize=15, fontweight="bold", color=_INK, va="center")
+    figure.text(0.012, 0.12, "   ·   ".join(parts), fontsize=10, color=_INK, va="center")
+
+
+def _correlations(figure: SubFigure, file: h5py.File) -> None:
+    multitau = file["xpcs/multitau"]
+    tau, n_pairs = multitau["tau"][()], multitau["n_pairs"][()]
+    g2, error = multitau["normalized_g2"][()], multitau["normalized_g2_err"][()]
+    dims = [_Axis.read(file[f"entry/data/v_dim{dim}"]) for dim in (0, 1)]
+    titled = [dim for dim in dims if np.unique(dim.values).size > 1] or dims[:1]
+    bins = _even_choice(g2.shape[1])
+    colors = colormaps["viridis"](np.linspace(0, 0.85, len(bins)))
+    truth = _truth(json.loads(file["xpcs/metadata"][()]), g2.shape[1])
+
+    rows, columns = _grid(len(bins))
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes in panels[len(bins) :]:
+        axes.remove()
+    for panel, (axes, index, color) in enumerate(zip(panels, bins, colors, strict=False)):
+        axes.set_title(", ".join(dim.at(index) for dim in titled), fontsize=9, color=_INK)
+        axes.axhline(1, color=_PALE, linewidth=0.6)
+        for trusted, alpha in ((n_pairs >= _FEW_PAIRS, 1.0), (n_pairs < _FEW_PAIRS, 0.25)):
+            points = (tau[trusted], g2[trusted, index], np.nan_to_num(error[trusted, index]))
+            axes.errorbar(*points, fmt="o", markersize=3, elinewidth=0.8, color=color, alpha=alpha)
+        if truth:
+            axes.plot(tau, truth.g2(tau, index), color=_TRUTH, linewidth=1.1, label=truth.label, zorder=3)
+        axes.set_xscale("log")
+        axes.grid(color=_PALE, alpha=0.2, linewidth=0.6)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        if panel >= len(panels) - columns:
+            axes.set_xlabel("τ (s)", color=_INK)
+        if panel % columns == 0:
+            axes.set_ylabel("g₂", color=_INK)
+    panels[0].set_ylim(_range(g2[n_pairs >= _FEW_PAIRS]))
+    if truth:
+        panels[0].legend(fontsize=7, frameon=False, loc="upper right")
+    if len(bins) < g2.shape[1]:
+        figure.suptitle(f"{len(bins)} of {g2.shape[1]} bins", fontsize=9, color=_PALE)
+
+
+@dataclass(frozen=True, slots=True)
+class _Truth:
+    contrast: float
+    rate: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    factors: NDArray[np.float64]
+    label: str
+
+    def g2(self, tau: NDArray[np.float64], index: int) -> NDArray[np.float64]:
+        g1 = np.exp(-self.rate[index] * np.outer(tau, self.factors)) @ self.weights
+        return np.asarray(1 + self.contrast * g1**2)
+
+
+def _truth(metadata: Mapping[str, Any], n_bins: int) -> _Truth | None:
+    """Return what a simulated detector says of itself (see `stream.ingest.simulated`), if the run was simulated."""
+    told = metadata.get("truth")
+    if told is None:
+        return None
+    try:
+        contrast, stretch = float(told["contrast"]), float(told.get("stretch", 1))
+        rate, weights, factors = (np.asarray(told[name], float) for name in ("rate", "weights", "factors"))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        logger.warning("truth is not drawn: it cannot be read: %r", error)
+        return None
+    if rate.shape != (n_bins,) or weights.shape != factors.shape or weights.ndim != 1:
+        logger.warning("truth is not drawn: it has rate %s for %d bins", rate.shape, n_bins)
+        return None
+    return _Truth(contrast, rate, weights, factors, "simulated" + (f", stretch {stretch:g}" if stretch != 1 else ""))
+
+
+def _image(axes: Axes, file: h5py.File) -> None:
+    image = file["xpcs/temporal_mean/frame_average"][()]
+    bins = file["xpcs/qmap/dynamic_roi_map"][()]
+    counts = image[np.isfinite(image) & (image > 0)]
+    norm: Normalize = Normalize(0, 1)
+    if counts.size:
+        low, high = np.percentile(counts, (1, 99.9))
+        norm = LogNorm(low, max(high, low * 1.01), clip=True)
+    colors = colormaps["magma"].with_extremes(bad="#d8dee4")
+    mesh = axes.imshow(np.ma.masked_invalid(image), norm=norm, cmap=colors, interpolation="nearest")
+    outline = np.zeros(bins.shape, bool)
+    outline[:-1] |= bins[:-1] != bins[1:]
+    outline[:, :-1] |= bins[:, :-1] != bins[:, 1:]
+    overlay = np.zeros((*bins.shape, 4))
+    overlay[outline] = (1, 1, 1, 0.55)
+    axes.imshow(overlay, interpolation="antialiased")
+    axes.set_title("mean counts per pixel and frame, bins outlined", fontsize=9, color=_INK)
+    bar = axes.figure.colorbar(mesh, cax=axes.inset_axes((1.02, 0, 0.025, 1)))
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8)
+
+
+def _scattering(axes: Axes, group: h5py.Group) -> None:
+    dim = _Axis.read(group["v_dim0"])
+    mean, segments = group["scattering_1d"][()].ravel(), np.atleast_2d(group["scattering_1d_segments"][()])
+    values, ring = np.unique(dim.values, return_inverse=True)
+    colors = colormaps["viridis"](np.linspace(0, 0.85, len(segments)))
+    for segment, color in zip(segments, colors, strict=True):
+        axes.plot(values, _mean_per(ring, segment), color=color, linewidth=0.8, alpha=0.7)
+    axes.plot(values, _mean_per(ring, mean), "o-", color=_INK, markersize=2.5, linewidth=0.8)
+    if np.nanmax(mean, initial=0) > 0:
+        axes.set_yscale("log")
+    if values[0] > 0 and values[-1] > 100 * values[0]:
+        axes.set_xscale("log")
+    axes.set_xlabel(dim.label, color=_INK)
+    axes.set_ylabel("counts", color=_INK)
+    axes.set_title(f"scattering: whole run (dark) and in {len(segments)} parts, early to late", fontsize=9, color=_INK)
+    axes.grid(color=_PALE, alpha=0.2, linewidth=0.6)
+
+
+def _intensity(axes: Axes, file: h5py.File) -> None:
+    group = file["xpcs/spatial_mean"]
+    frame_time = file["entry/instrument/detector_1/frame_time"][()]
+    if "frame" in group:
+        axes.plot(
+            group["frame"][()] * frame_time, group["intensity"][()], color=colormaps["viridis"](0.4), linewidth=0.8
+        )
+    if "ledger" in file["xpcs"]:
+        spans = [(first * frame_time, (end - first) * frame_time) for first, end in file["xpcs/ledger/lost_spans"]]
+        lost: dict[str, Any] = {
+            "transform": axes.get_xaxis_transform(),
+            "color": _TRUTH,
+            "alpha": 0.4,
+            "linewidth": 0.8,
+        }
+        axes.broken_barh(spans, (0, 1), **lost)
+    axes.set_xlabel("time (s)", color=_INK)
+    axes.set_ylabel("counts", color=_INK)
+    axes.set_title("mean counts per pixel and frame" + "; lost frames red", fontsize=9, color=_INK)
+    axes.grid(color=_PALE, alpha=0.2, linewidth=0.6)
+
+
+def _mean_per(ring: NDArray[np.intp], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the mean over the bins of each ring that are known; NaN where none is."""
+    known = np.isfinite(values)
+    total = np.bincount(ring[known], weights=values[known], minlength=ring.max() + 1)
+    number = np.bincount(ring[known], minlength=ring.max() + 1)
+    mean = np.full(total.shape, np.nan)
+    np.divide(total, number, out=mean, where=number > 0)
+    return mean
+
+
+def _range(g2: NDArray[np.float64]) -> tuple[float, float]:
+    known = g2[np.isfinite(g2)]
+    if not known.size:
+        return 0.9, 1.5
+    low, high = min(1.0, *np.percentile(known, [1])), max(1.0, *np.percentile(known, [99.5]))
+    margin = 0.12 * (high - low) or 0.1
+    return low - margin, high + margin
+
+
+def _grid(n_panels: int) -> tuple[int, int]:
+    columns = min(4, math.ceil(math.sqrt(n_panels)))
+    return math.ceil(n_panels / columns), columns
+
+
+def _even_choice(n_bins: int) -> NDArray[np.intp]:
+    return np.unique(np.linspace(0, n_bins - 1, min(n_bins, _MOST_PANELS)).round().astype(np.intp))
+
+
+def _plain(text: str) -> str:
+    """Return text that matplotlib does not take for mathematics."""
+    return text.replace("$", r"\$")

@@ -1,0 +1,319 @@
+"""The lifecycle table of `stream.pipeline`, and what remains of a run that is interrupted anywhere."""
+
+import logging
+import threading
+
+import numpy as np
+import pytest
+
+from stream import wire
+from stream.errors import CheckpointError, DecodeError, RoiMapError, SinkError, SourceError
+from stream.messages import FrameBatch, Rejected, Result, RunStop
+from stream.operators.intensity import Intensity
+from stream.operators.multitau import MultiTau
+from stream.operators.scattering import Scattering
+from stream.pipeline import Pipeline
+from tests import hostile
+from tests.conftest import make_roimap, make_start
+from tests.sources import ListSink, ListSource, LiveSource
+
+SHAPE = (6, 50)
+ROIMAP = make_roimap(SHAPE)
+FRAMES = np.random.default_rng(0).poisson(1.5, (60, *SHAPE)).astype("<u2")
+
+
+def operators(start):
+    return [MultiTau(start, ROIMAP), Scattering(start, ROIMAP), Intensity(start, ROIMAP)]
+
+
+def batch(first, stop, run="run-1", **changes):
+    return FrameBatch(**{"run": run, "first": first, "frames": FRAMES[first:stop], "timestamp_ns": 0} | changes)
+
+
+def stop(n_frames=60, run="run-1", exit_status="success"):
+    return RunStop(run=run, n_frames=n_frames, exit_status=exit_status)
+
+
+RUN = [make_start(SHAPE), *(batch(first, first + 12) for first in range(0, 60, 12)), stop()]
+
+
+def process(messages, *, sinks=None, source=ListSource, **options):
+    sink = ListSink()
+    Pipeline(source(messages), operators, [sink] if sinks is None else sinks, **options).run()
+    return sink
+
+
+def ledger(sink, run="run-1"):
+    arrays = sink.results(final=True)[run, "ledger"]
+    return {name: int(arrays[name]) for name in arrays if arrays[name].dtype == np.int64 and arrays[name].ndim == 0}
+
+
+def assert_same_results(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        for name in a[key].keys() - {"lag"}:
+            np.testing.assert_array_equal(a[key][name], b[key][name], err_msg=f"{key} {name}")
+
+
+# The lifecycle table
+
+
+def test_a_run_gives_its_start_its_final_results_and_its_end():
+    sink = process(RUN)
+    names = [o.operator if isinstance(o, Result) else type(o).__name__ for o in sink.outputs]
+    assert names == ["RunStart", "multitau", "scattering", "intensity", "ledger", "RunStop"]
+    assert sink.flushed == len(sink.outputs)
+    assert all(o.final and o.n_frames == 60 for o in sink.outputs[1:-1])
+
+
+def test_idle_frames_and_an_end_without_a_run_are_ignored():
+    sink = process([batch(0, 12), stop(), None, Rejected(reason="x"), *RUN])
+    assert_same_results(sink.results(final=True), process(RUN).results(final=True))
+
+
+def test_the_start_of_the_running_run_again_is_ignored():
+    assert_same_results(process([*RUN[:3], RUN[0], *RUN[3:]]).results(final=True), process(RUN).results(final=True))
+
+
+def test_the_next_run_ends_one_whose_end_never_came():
+    sink = process([*RUN[:3], make_start(SHAPE, run="run-2"), stop(0, "run-2")])
+    ends = [(o.run, o.n_frames, o.exit_status) for o in sink.outputs if isinstance(o, RunStop)]
+    assert ends == [("run-1", 24, "fail"), ("run-2", 0, "success")]
+    assert ledger(sink)["sent"] == -1
+    assert ledger(sink, "run-2") | {"sent": 0, "received": 0} == ledger(sink, "run-2")
+
+
+def test_frames_and_ends_of_another_run_are_strays_and_change_nothing():
+    sink = process([*RUN[:3], batch(0, 12, "old"), stop(5, "old"), *RUN[3:]])
+    assert ledger(sink)["stray"] == 2
+    assert_same_results(
+        {k: v for k, v in sink.results(final=True).items() if k[1] != "ledger"},
+        {k: v for k, v in process(RUN).results(final=True).items() if k[1] != "ledger"},
+    )
+
+
+def test_frames_of_another_region_are_strays():
+    assert ledger(process([*RUN[:2], batch(12, 24, region=1), *RUN[2:]]))["stray"] == 1
+
+
+def test_rejected_messages_are_counted():
+    assert ledger(process([*RUN[:2], Rejected(reason="x"), *RUN[2:]]))["undecodable"] == 1
+
+
+@pytest.mark.parametrize("frames", [FRAMES[12:24, :3], FRAMES[12:24].astype("<u4")])
+def test_frames_that_do_not_fit_their_run_are_lost_and_the_run_goes_on(frames):
+    counts = ledger(process([*RUN[:2], batch(12, 24, frames=frames), *RUN[3:]]))
+    assert (counts["received"], counts["lost"], counts["undecodable"]) == (48, 12, 1)
+
+
+def test_a_run_that_no_map_fits_is_refused_and_the_next_one_processed():
+    def choosy(start):
+        if start.run == "bad":
+            raise RoiMapError("the map does not fit")
+        return operators(start)
+
+    sink = ListSink()
+    Pipeline(ListSource([make_start(SHAPE, run="bad"), batch(0, 3, "bad"), stop(3, "bad"), *RUN]), choosy, [sink]).run()
+    assert_same_results(sink.results(final=True), process(RUN).results(final=True))
+
+
+def test_a_refused_run_is_an_error_once_all_wanted_runs_are_done():
+    def never(start):
+        raise RoiMapError("the map does not fit")
+
+    with pytest.raises(RoiMapError, match="does not fit"):
+        Pipeline(ListSource(RUN), never, [], runs=1).run()
+
+
+def test_after_the_wanted_number_of_runs_it_returns():
+    source = ListSource([*RUN, *(make_start(SHAPE, run="run-2"), stop(0, "run-2"))])
+    Pipeline(source, operators, [], runs=1).run()
+    assert source.next == len(RUN)
+
+
+# The ledger
+
+
+def test_what_was_sent_is_what_was_received_and_lost():
+    sink = process([RUN[0], batch(3, 12), batch(20, 24), stop()])
+    counts = ledger(sink)
+    assert (counts["sent"], counts["received"], counts["lost"]) == (60, 13, 47)
+    spans = sink.results(final=True)["run-1", "ledger"]["lost_spans"]
+    assert spans.tolist() == [[0, 3], [12, 20], [24, 60]]
+
+
+def test_late_and_duplicate_frames_are_told_apart_and_not_used():
+    out_of_order = [RUN[0], batch(0, 12), batch(24, 36), batch(12, 24), batch(30, 48), batch(48, 60), stop()]
+    sink = process(out_of_order)
+    counts = ledger(sink)
+    assert {name: counts[name] for name in ("received", "lost", "late", "duplicate")} == {
+        "received": 48, "lost": 12, "late": 12, "duplicate": 6,
+    }  # fmt: skip
+    without = process([RUN[0], batch(0, 12), batch(24, 60), stop()])
+    key = ("run-1", "multitau")
+    np.testing.assert_array_equal(sink.results(final=True)[key]["G2"], without.results(final=True)[key]["G2"])
+
+
+# Sinks that fail
+
+
+def test_an_interim_result_that_is_refused_is_dropped(caplog):
+    sink = ListSink(refuse=lambda output: isinstance(output, Result) and not output.final)
+    process(RUN, sinks=[sink], publish_every=0)
+    assert_same_results(sink.results(final=True), process(RUN).results(final=True))
+    assert "dropped" in caplog.text
+
+
+def test_interim_results_are_published_while_the_run_is_on():
+    sink = process(RUN, publish_every=0)
+    counted = [o.n_frames for o in sink.outputs if isinstance(o, Result) and o.operator == "multitau" and not o.final]
+    assert counted == [0, 12, 24, 36, 48, 60]
+
+
+def test_a_final_result_that_is_refused_is_an_error_and_delivered_by_a_restart(tmp_path):
+    path = tmp_path / "checkpoint"
+    refusing = ListSink(refuse=lambda output: isinstance(output, Result) and output.final)
+    source = ListSource(RUN)
+    with pytest.raises(SinkError, match="refused"):
+        Pipeline(source, operators, [refusing], checkpoint_path=path).run()
+    sink = process([], checkpoint_path=path)
+    assert_same_results(sink.results(final=True), process(RUN).results(final=True))
+    assert isinstance(sink.outputs[-1], RunStop)
+
+
+# Interruptions
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours may catch it."""
+
+
+def killed():
+    raise Killed
+
+
+@pytest.mark.parametrize("at", range(len(RUN) + 1))
+def test_killed_at_any_message_and_resumed_the_result_is_bit_identical(tmp_path, at):
+    path = tmp_path / "checkpoint"
+    first = ListSink()
+    with pytest.raises(Killed):
+        Pipeline(
+            ListSource([*RUN[:at], killed]),
+            operators,
+            [first],
+            checkpoint_path=path,
+            checkpoint_every=0,
+            publish_every=0,
+        ).run()
+    second = process(RUN, checkpoint_path=path)
+    delivered = first.results(final=True) | second.results(final=True)
+    assert_same_results(delivered, process(RUN).results(final=True))
+
+
+def test_killed_between_checkpoints_the_source_replays_what_was_not_saved(tmp_path):
+    path = tmp_path / "checkpoint"
+    with pytest.raises(Killed):
+        Pipeline(ListSource([*RUN[:4], killed]), operators, [], checkpoint_path=path, checkpoint_every=1e9).run()
+    sink = process(RUN, checkpoint_path=path)
+    assert_same_results(sink.results(final=True), process(RUN).results(final=True))
+
+
+def test_without_a_way_back_what_came_meanwhile_is_counted_as_lost(tmp_path):
+    path = tmp_path / "checkpoint"
+    with pytest.raises(Killed):
+        Pipeline(LiveSource([*RUN[:3], killed]), operators, [], checkpoint_path=path, checkpoint_every=0).run()
+    sink = process([RUN[5], stop()], source=LiveSource, checkpoint_path=path)
+    counts = ledger(sink)
+    assert (counts["sent"], counts["received"], counts["lost"]) == (60, 36, 24)
+
+
+def test_told_to_stop_it_leaves_a_run_that_can_be_resumed(tmp_path):
+    path, event = tmp_path / "checkpoint", threading.Event()
+    messages = [*RUN[:3], lambda: event.set(), *RUN[3:]]
+    first = process(messages, checkpoint_path=path, stop=event)
+    assert not first.results(final=True)
+    assert first.results(final=False)["run-1", "ledger"]["received"] == 24
+    second = process(messages, checkpoint_path=path)
+    assert_same_results(second.results(final=True), process(RUN).results(final=True))
+
+
+def test_told_to_stop_without_a_checkpoint_it_ends_the_run_with_what_came():
+    event = threading.Event()
+    sink = process([*RUN[:3], lambda: event.set(), *RUN[3:]], stop=event)
+    assert sink.outputs[-1].exit_status == "abort"
+    assert ledger(sink)["received"] == 24
+
+
+def test_a_source_that_ends_within_a_run_ends_it():
+    sink = process(RUN[:3])
+    assert sink.outputs[-1].exit_status == "abort"
+    assert ledger(sink)["received"] == 24
+
+
+def test_a_transport_that_is_gone_is_an_error_and_what_came_is_delivered():
+    sink = ListSink()
+    with pytest.raises(SourceError, match="gone"):
+        Pipeline(ListSource([*RUN[:3], SourceError("gone")]), operators, [sink]).run()
+    assert ledger(sink)["received"] == 24
+
+
+def test_a_finished_run_is_not_done_again(tmp_path):
+    process(RUN, checkpoint_path=tmp_path / "checkpoint")
+    assert process(RUN, checkpoint_path=tmp_path / "checkpoint").outputs == []
+
+
+# Damaged checkpoints
+
+
+def saved(tmp_path):
+    path, event = tmp_path / "checkpoint", threading.Event()
+    process([*RUN[:3], lambda: event.set()], checkpoint_path=path, stop=event)
+    return path
+
+
+@pytest.mark.parametrize("where", [0, 30, 40, 200, 0.5, -1])
+def test_a_checkpoint_with_one_wrong_bit_is_refused(tmp_path, where):
+    path = saved(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[int(where * len(content)) if isinstance(where, float) else where] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        process(RUN, checkpoint_path=path)
+
+
+@pytest.mark.parametrize("length", [0, 10, 33, 100, -1])
+def test_a_checkpoint_that_is_cut_short_is_refused(tmp_path, length):
+    path = saved(tmp_path)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(CheckpointError, match=str(path)):
+        process(RUN, checkpoint_path=path)
+
+
+def test_a_checkpoint_of_other_roi_maps_is_refused(tmp_path):
+    other = make_roimap(SHAPE, seed=1)
+    with pytest.raises(CheckpointError, match="roimap"):
+        Pipeline(ListSource(RUN), lambda start: [MultiTau(start, other)], [], checkpoint_path=saved(tmp_path)).run()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        process(RUN, checkpoint_path=tmp_path / "nowhere" / "checkpoint")
+
+
+# What anyone may send
+
+
+@pytest.mark.parametrize(("name", "parts", "said"), hostile.CORPUS, ids=[name for name, *_ in hostile.CORPUS])
+def test_after_a_malformed_message_good_frames_still_count(name, parts, said, caplog):
+    caplog.set_level(logging.CRITICAL)
+
+    def decoded(parts):
+        try:
+            return wire.decode(parts)
+        except DecodeError as error:
+            return Rejected(reason=str(error))
+
+    good = [[bytes(part) for part in wire.encode(message)] for message in RUN]
+    messages = [decoded(parts) for parts in [*good[:3], parts, *good[3:]]]
+    counts = ledger(process(messages))
+    assert (counts["received"], counts["lost"], counts["undecodable"]) == (60, 0, 1)
