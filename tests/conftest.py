@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from stream.messages import RunStart
+from stream.messages import FrameBatch, RunStart
 from stream.operators.roimap import RoiMap
 
 # Kernels compile on their first call, which hypothesis would take for a slow example.
@@ -39,3 +39,15 @@ def make_start(shape=(6, 50), **changes):
     return RunStart(
         **{"run": "run-1", "shape": shape, "dtype": "<u2", "frame_time": 0.01, "count_time": 0.009} | changes
     )
+
+
+def push(operator, frames, *, came=None, batch=1000):
+    """Push the frames that came, in batches of at most `batch`, none of which spans a gap."""
+    came = np.ones(len(frames), bool) if came is None else came
+    edges = np.flatnonzero(np.diff(came)) + 1
+    for run in np.split(np.arange(len(frames)), edges):
+        if came[run[0]]:
+            for begin in range(run[0], run[-1] + 1, batch):
+                part = frames[begin : min(begin + batch, run[-1] + 1)]
+                operator.push(FrameBatch(run="run-1", first=begin, frames=part, timestamp_ns=0))
+    return operator

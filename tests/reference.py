@@ -96,3 +96,47 @@ def finite(values):
 def standard_error(values):
     values = finite(np.asarray(values, float))
     return values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+
+
+def present(frames, came, saturation_value):
+    """(n, n_pixel) where a pixel counts: the frame came and the pixel has not left."""
+    return came[:, None] & (np.arange(len(frames))[:, None] < first_bad(frames, came, saturation_value))
+
+
+def segment_length(n_frames, capacity):
+    """Frames per segment: the smallest power of two for which n_frames fit into `capacity` segments."""
+    length = 1
+    while -(-n_frames // length) > capacity:
+        length *= 2
+    return length
+
+
+def mean(counts, where):
+    """Mean of counts where `where`, NaN where there is none."""
+    return ratio(int(counts[where].sum()), int(where.sum()))
+
+
+def scattering(frames, static, n_static, *, came=None, saturation_value=None):
+    """Mean image (n_pixel,), mean per static bin, and the same per segment, of frames (n, n_pixel)."""
+    came = np.ones(len(frames), bool) if came is None else came
+    here = present(frames, came, saturation_value)
+    length = segment_length(len(frames), 20)
+    starts = range(0, len(frames), length)
+    bins = [static == b + 1 for b in range(n_static)]
+    stays = first_bad(frames, came, saturation_value) == len(frames)
+    return {
+        "image": np.array([mean(frames[:, p], here[:, p]) if stays[p] else np.nan for p in range(frames.shape[1])]),
+        "scattering_1d": np.array([mean(frames[:, b], here[:, b]) for b in bins]),
+        "scattering_1d_segments": np.array(
+            [[mean(frames[s : s + length, b], here[s : s + length, b]) for b in bins] for s in starts]
+        ),
+        "segment_start": np.array(starts),
+    }
+
+
+def intensity(frames, static, *, came=None, saturation_value=None):
+    """Mean of the mapped pixels of each frame that came, of frames (n, n_pixel)."""
+    came = np.ones(len(frames), bool) if came is None else came
+    here = present(frames, came, saturation_value) & (static > 0)
+    known = np.flatnonzero(here.any(axis=1))
+    return {"frame": known, "intensity": np.array([mean(frames[t], here[t]) for t in known])}

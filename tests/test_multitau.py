@@ -6,24 +6,15 @@ import pytest
 from stream.messages import FrameBatch
 from stream.operators.multitau import MultiTau
 from tests import reference
-from tests.conftest import make_roimap, make_start
+from tests.conftest import make_roimap, make_start, push
 
 EXACT = {"rtol": 1e-13, "atol": 0, "equal_nan": True}
 COMPARED = ("delay", "n_pairs", "G2", "IP", "IF", "g2")
 
 
 def correlate(frames, roimap, *, came=None, batch=1000, saturation_value=None, **options):
-    came = np.ones(len(frames), bool) if came is None else came
     start = make_start(frames.shape[1:], dtype=frames.dtype.str, saturation_value=saturation_value)
-    operator = MultiTau(start, roimap, **options)
-    for run in np.split(np.arange(len(frames)), np.flatnonzero(~came)):
-        for first in range(len(run)):
-            if came[run[first]]:
-                for begin in range(run[first], run[-1] + 1, batch):
-                    part = frames[begin : min(begin + batch, run[-1] + 1)]
-                    operator.push(FrameBatch(run="run-1", first=begin, frames=part, timestamp_ns=0))
-                break
-    return operator.result()
+    return push(MultiTau(start, roimap, **options), frames, came=came, batch=batch).result()
 
 
 def assert_as_defined(result, frames, roimap, *, error="static", **options):

@@ -173,7 +173,8 @@ from pyxpcsviewer.gui.view.xpcs_viewer import XpcsViewer, tab_mapping
 
 
 def points(plot):
-    return [len(item.getOriginalDataset()[0]) for item in plot.listDataItems() if isinstance(item, PlotDataItem)]
+    columns = [item.xData for item in plot.listDataItems() if isinstance(item, PlotDataItem)]
+    return [len(column) for column in columns if column is not None]
 
 
 def plots(layout):
