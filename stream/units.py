@@ -53,12 +53,11 @@ def quantity(text: object, unit: str) -> float:
     if match["unit"] is None:
         raise ConfigError(f'"{text}" has no unit; {name} is written e.g. "{match["number"]} {unit}"')
     written = match["unit"].strip()
+    unit_of_text = f"1{written}" if written.startswith("/") else written
     try:
-        factor = _registry().Quantity(1.0, f"1{written}" if written.startswith("/") else written).to(unit).magnitude
+        value = float(_registry().Quantity(float(match["number"]), unit_of_text).to(unit).magnitude)
     except pint.PintError:
         raise not_one from None
-    # Dividing by a whole factor gives 0.05 for "50 ms", where multiplying by 0.001 gives the next float but one.
-    value = float(match["number"]) * factor if factor >= 1 else float(match["number"]) / round(1 / factor, 9)
     if not math.isfinite(value):
         raise ConfigError(f'"{text}" is not finite')
     return value

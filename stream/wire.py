@@ -397,9 +397,7 @@ def _bytes_of(array: NDArray[Any]) -> memoryview:
 
 def _array(data: Buffer, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
     array = np.frombuffer(data, dtype).reshape(shape)
-    array = np.require(
-        array, requirements="A"
-    )  # ZeroMQ and arrays of bytes before this one may leave it at any address
+    array = np.require(array, requirements="A")  # small ZeroMQ messages, and arrays after odd ones, lie anywhere
     array.flags.writeable = False
     return array
 

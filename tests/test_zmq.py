@@ -157,22 +157,37 @@ def test_a_message_that_does_not_fit_our_wire_is_a_sink_error():
         sink.write(stop(run=""))
 
 
-def test_frames_may_be_overwritten_once_they_are_written():
-    with ZmqSink(ANYWHERE, pattern="push") as sink, ZmqSource(sink.address) as source:
+@pytest.fixture
+def address_of_nobody():
+    with ZmqSource(ANYWHERE, bind=True) as source:
+        return source.address
+
+
+def test_frames_may_be_overwritten_once_they_are_written(address_of_nobody):
+    with ZmqSink(address_of_nobody, pattern="push", bind=False) as sink:
         frames = np.full((4, 512, 512), 1, "<u2")
         sink.write(FrameBatch(run="a", first=0, frames=frames, timestamp_ns=0))
         frames[:] = 2
-        (received,) = take(1, source)
-    assert (received.frames == 1).all()
+        with ZmqSource(address_of_nobody, bind=True) as source:
+            (received,) = take(1, source)
+            assert (received.frames == 1).all()
 
 
-def test_what_was_written_is_delivered_after_close():
-    with ZmqSink(ANYWHERE, pattern="push") as sink:
-        source = ZmqSource(sink.address)
-        for i in range(3):
-            sink.write(batch(i))
-    with source:
-        assert whats(take(3, source)) == whats([batch(0), batch(1), batch(2)])
+def test_closing_waits_until_what_was_written_is_taken(address_of_nobody):
+    written = threading.Event()
+
+    def send():
+        with ZmqSink(address_of_nobody, pattern="push", bind=False) as sink:
+            sink.write(start())
+            sink.write(stop())
+            written.set()
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    written.wait()
+    with ZmqSource(address_of_nobody, bind=True) as source:
+        assert whats(take(2, source)) == whats([start(), stop()])
+    sender.join()
 
 
 def test_faults_spoil_frames_but_neither_start_nor_stop():

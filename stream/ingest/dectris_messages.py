@@ -101,7 +101,7 @@ class Pixels:
                     counts = lz4.block.decompress(self.data, uncompressed_size=self.nbytes)
                 case _:
                     counts = decompress(self.data, self.codec, elem_size=np.dtype(self.dtype).itemsize)
-        except (RuntimeError, ValueError) as error:  # lz4.block.LZ4BlockError is a RuntimeError
+        except (RuntimeError, ValueError, lz4.block.LZ4BlockError) as error:
             raise DecodeError(f"{self.codec}: {error}") from None
         if len(counts) != self.nbytes:
             raise DecodeError(f"{self.codec}: gave {len(counts)} bytes, not {self.nbytes}")

@@ -30,6 +30,9 @@ from stream.messages import DTYPES, FrameBatch, Message, Position, RunStart, Run
 
 MAX_MODES = 8
 
+MAX_MEAN_COUNTS = 1e6
+"""Keeps the brightest speckle within 32 bits."""
+
 TILE = 4096
 """Pixels that one thread works on at a time: their state stays in its cache."""
 
@@ -111,14 +114,12 @@ class SimulatedSource:
         metadata: Mapping[str, Any] | None = None,
         threads: int | None = None,
     ) -> None:
-        for name, number, lowest in (
-            ("n_frames", n_frames, 1),
-            ("runs", runs, 1),
-            ("batch", batch, 1),
-            ("seed", seed, 0),
-        ):
-            if number < lowest:
-                raise ConfigError(f"{name} {number} is less than {lowest}")
+        threads = threads if threads is not None else os.cpu_count() or 1
+        for name, number in {"n_frames": n_frames, "runs": runs, "batch": batch, "threads": threads}.items():
+            if number < 1:
+                raise ConfigError(f"{name} {number} is less than 1")
+        if seed < 0:
+            raise ConfigError(f"seed {seed} is negative")
         for name, value in (("contrast", contrast), ("stretch", stretch)):
             if not 0 < value <= 1:
                 raise ConfigError(f"{name} {value} is not above 0 and up to 1")
@@ -128,6 +129,8 @@ class SimulatedSource:
             raise ConfigError(f"dtype {dtype} is none of {', '.join(DTYPES)}")
         self._rate = _pixels("rate", rate, np.shape(rate))
         self._mean = _pixels("mean_counts", mean_counts, self._rate.shape)
+        if self._mean.max() > MAX_MEAN_COUNTS:
+            raise ConfigError(f"mean_counts {self._mean.max():g} is more than {MAX_MEAN_COUNTS:g}")
         self._masked = np.zeros(self._rate.shape, np.bool_) if masked is None else np.asarray(masked, np.bool_)
         if self._masked.shape != self._rate.shape:
             raise ConfigError(f"masked is {self._masked.shape}, rate is {self._rate.shape}")
@@ -151,7 +154,7 @@ class SimulatedSource:
         }
         if truth_rate is not None:
             self._truth["rate"] = [float(gamma) for gamma in truth_rate]
-        self._threads = threads if threads is not None else os.cpu_count() or 1
+        self._threads = threads
         self._run_index = 0
         self._next = -1
 
@@ -304,9 +307,10 @@ def exponentials(stretch: float) -> tuple[NDArray[np.float64], NDArray[np.float6
     for decades in np.geomspace(0.1, 3, 15):
         factors = np.logspace(-decades, decades, MAX_MODES)
         basis = np.exp(-np.outer(x, factors))
+        overlap, target = basis.T @ basis, basis.T @ wanted
         weights = np.full(MAX_MODES, 1 / MAX_MODES)
-        for _ in range(1000):
-            weights *= (wanted @ basis) / (weights @ basis.T @ basis)
+        for _ in range(4000):
+            weights *= target / (overlap @ weights)
         weights = np.where(weights < 1e-3, 0, weights)
         weights /= weights.sum()
         error = float(np.abs(basis @ weights - wanted).max())

@@ -32,6 +32,7 @@ def encode_start(start: RunStart, *, series: int) -> list[Buffer]:
         With plain metadata; its ``start_time``, if there, is ISO 8601.
     series
         Number of the series; images name it and the run.
+
     Raises
     ------
     ValueError, TypeError

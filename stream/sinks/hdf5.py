@@ -28,7 +28,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib import metadata
-from numbers import Real
 from pathlib import Path
 from typing import Any, Self
 
@@ -332,7 +331,7 @@ def _instrument(entry: h5py.Group, start: RunStart, qmap: Mapping[str, Any]) -> 
         (detector, "y_pixel_size", "m", "y_pixel_size", "pixel_size"),
     ):
         value: Any = start.metadata.get(of_run)
-        known = isinstance(value, Real) and -1e300 < value < 1e300
+        known = isinstance(value, int | float) and abs(value) < 1e300
         if value is not None and not known:
             logger.warning("run %s: %s is %r, not a number; taken from the map", start.run, of_run, value)
         number = value if known else qmap.get(of_map, np.nan)

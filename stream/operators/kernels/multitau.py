@@ -181,16 +181,30 @@ def largest(rows: Any) -> Any:
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
 def products(fine: Any, real: Any, product: Any, n_row: int, rows: int, first: int) -> None:
-    """Sum over the new rows t of row(t) * row(t - k) for k = first..n_row into product[k - 1], exactly."""
+    """Sum over the new rows t of row(t) * row(t - k) for k = first..n_row into product[k - 1], exactly.
+
+    Four rows by two delays at a time: eight products for nine rows read and two sums kept, a third of the memory
+    traffic of one by one.
+    """
     for t in range(n_row + rows):
         source = fine[t]
         row = real[t]
         for p in range(TILE):
             row[p] = source[p]
     product[first - 1 :] = 0
+    fours = n_row + rows // 4 * 4
+    twos = first + (n_row - first + 1) // 2 * 2
+    for t in range(n_row, fours, 4):
+        a, b, c, d = real[t], real[t + 1], real[t + 2], real[t + 3]
+        for k in range(first, twos, 2):
+            v, w, x, y, z = real[t - k - 1], real[t - k], real[t - k + 1], real[t - k + 2], real[t - k + 3]
+            near, far = product[k - 1], product[k]
+            for p in range(TILE):
+                near[p] += a[p] * w[p] + b[p] * x[p] + c[p] * y[p] + d[p] * z[p]
+                far[p] += a[p] * v[p] + b[p] * w[p] + c[p] * x[p] + d[p] * y[p]
     for t in range(n_row, n_row + rows):
         later = real[t]
-        for k in range(first, n_row + 1):
+        for k in range(twos if t < fours else first, n_row + 1):
             earlier = real[t - k]
             into = product[k - 1]
             for p in range(TILE):
