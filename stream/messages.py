@@ -40,6 +40,8 @@ class RunStart:
     """Rows and columns streamed (pixel)."""
     origin: tuple[int, int] = (0, 0)
     """First row and column on the whole detector."""
+    detector_shape: tuple[int, int] | None = None
+    """Rows and columns of the whole detector; None: this stream carries all of it."""
     dtype: str
     """One of `DTYPES`."""
     saturation_value: int | None = None

@@ -85,6 +85,7 @@ class StartHeader(_Header):
 
     shape: _FrameShape
     origin: Annotated[tuple[_Region, _Region], Field(strict=False)]
+    detector_shape: _FrameShape | None = None
     dtype: _CountType
     saturation_value: Annotated[int, Field(ge=0, lt=2**32)] | None
     frame_time: Annotated[float, Field(gt=0)]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream.errors import CheckpointError
+from stream.errors import CheckpointError, RoiMapError
 from stream.messages import FrameBatch
 from stream.operators.intensity import Intensity
 from stream.operators.multitau import MultiTau
@@ -88,7 +88,7 @@ def test_a_snapshot_does_not_change_with_later_frames(make, stream):
 @given(stream=streams(), row=st.integers(1, SHAPE[0] - 1))
 def test_regions_merge_into_the_whole_detector(make, stream, row):
     start, frames, spans = stream
-    changes = {"dtype": start.dtype, "saturation_value": start.saturation_value}
+    changes = {"dtype": start.dtype, "saturation_value": start.saturation_value, "detector_shape": SHAPE}
     upper = make(make_start((row, SHAPE[1]), **changes), ROIMAP)
     lower = make(make_start((SHAPE[0] - row, SHAPE[1]), origin=(row, 0), **changes), ROIMAP)
     push(upper, frames[:, :row], spans)
@@ -123,7 +123,7 @@ def test_a_state_made_with_other_roi_maps_is_refused(make):
 
 @every_operator
 def test_a_state_of_another_region_is_refused(make):
-    other = make(make_start((3, 50)), ROIMAP)
+    other = make(make_start((3, 50), detector_shape=SHAPE), ROIMAP)
     with pytest.raises(CheckpointError, match="another region"):
         make(make_start(SHAPE), ROIMAP).restore(other.snapshot())
 
@@ -131,3 +131,11 @@ def test_a_state_of_another_region_is_refused(make):
 def test_a_state_made_with_other_delays_is_refused():
     with pytest.raises(CheckpointError, match="another parameters"):
         MultiTau(make_start(), ROIMAP).restore(MultiTau(make_start(), ROIMAP, delays_per_level=8).snapshot())
+
+
+@every_operator
+def test_a_roi_map_of_another_detector_is_refused(make):
+    with pytest.raises(RoiMapError, match=r"\(6, 50\).*\(6, 51\)"):
+        make(make_start((6, 51)), ROIMAP)
+    with pytest.raises(RoiMapError, match=r"\(6, 50\).*\(3, 50\)"):
+        make(make_start((3, 50)), ROIMAP)

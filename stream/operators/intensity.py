@@ -8,7 +8,7 @@ from stream.messages import Arrays, FrameBatch, RunStart
 from stream.operators.kernels import totals
 from stream.operators.roimap import RoiMap
 from stream.operators.segments import Segments
-from stream.operators.state import check_identity, identity
+from stream.operators.state import check_identity, identity, static_bins
 from stream.operators.tiles import Threads
 
 MAX_INTERVALS = 1 << 16
@@ -33,7 +33,7 @@ class Intensity:
         self._roimap = roimap
         self._threads = Threads(threads)
         self._limit = np.iinfo(np.int64).max if start.saturation_value is None else start.saturation_value
-        inside = roimap.crop(start.origin, start.shape).static_roi_map > 0
+        inside = static_bins(start, roimap) > 0
         self._alive = inside.ravel().astype(np.uint8)
         self._intervals = Segments(MAX_INTERVALS, 2)
 

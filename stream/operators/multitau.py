@@ -21,7 +21,7 @@ from stream.messages import Arrays, FrameBatch, RunStart
 from stream.operators.kernels import multitau as kernel
 from stream.operators.kernels import wide
 from stream.operators.roimap import RoiMap
-from stream.operators.state import check_identity, identity
+from stream.operators.state import check_identity, identity, static_bins
 from stream.operators.tiles import Threads, Tiles
 
 Error = Literal["static", "pixel"]
@@ -77,7 +77,7 @@ class MultiTau:
         self._threads = Threads(threads)
         self._merged = False
 
-        self._tiles = Tiles.of(roimap.crop(start.origin, start.shape).static_roi_map)
+        self._tiles = Tiles.of(static_bins(start, roimap))
         self._live = self._tiles.live.copy()
         n_column = self._live.size
         self._static_of_bin = np.arange(roimap.n_static)

@@ -17,6 +17,10 @@ from stream.errors import RoiMapError
 MAX_SIZE = 1 << 27
 """Elements of the largest dataset that is read: 30 times an EIGER2 4M."""
 
+MAX_BINS = 1 << 22
+
+GEOMETRY = ("beam_center_x", "beam_center_y", "detector_distance", "pixel_size", "energy")
+
 KINDS = ("static", "dynamic")
 
 PER_BIN_LAYOUTS: Mapping[str, Mapping[str, str]] = {
@@ -97,6 +101,7 @@ class RoiMap:
             "dynamic_phi": _read_only(dynamic_axes.value(1)),
             "digest": _digest(static, dynamic),
         }
+        _geometry(self.qmap)
         for name, value in computed.items():
             object.__setattr__(self, name, value)
 
@@ -154,13 +159,12 @@ class RoiMap:
         What pyXpcsViewer and pySimpleMask ask for is all there: numbers the file did not have are NaN, and
         ``attributes`` (of the group) has the hash of these maps.
         """
-        unknown = dict.fromkeys(("beam_center_x", "beam_center_y", "detector_distance", "pixel_size", "energy"), np.nan)
         given = {
             "mask": self.static_roi_map > 0,
             "map_names": ["q", "phi"],
             "map_units": ["Å⁻¹", "deg"],
-            **unknown,
             **self.qmap,
+            **_geometry(self.qmap),
             "static_roi_map": self.static_roi_map,
             "dynamic_roi_map": self.dynamic_roi_map,
         }
@@ -185,13 +189,13 @@ class _Axes:
     @classmethod
     def of(cls, kind: str, qmap: Mapping[str, Any], roi_map: NDArray[np.int32]) -> "_Axes":
         largest = int(roi_map.max())
-        index_mapping = _numbers(qmap, f"{kind}_index_mapping", np.arange(largest)).ravel().astype(np.int64)
+        index_mapping = _ravelled(qmap, f"{kind}_index_mapping", np.arange(largest)).astype(np.int64)
         n_bins = len(index_mapping)
         if largest > n_bins:
             raise RoiMapError(f"{kind}_roi_map has bin {largest}, but {kind}_index_mapping only {n_bins} bins")
-        dim0 = _numbers(qmap, f"{kind}_v_list_dim0", np.full(n_bins, np.nan)).ravel().astype(np.float64)
-        dim1 = _numbers(qmap, f"{kind}_v_list_dim1", np.full(1, np.nan)).ravel().astype(np.float64)
-        num_pts = _numbers(qmap, f"{kind}_num_pts", (len(dim0), len(dim1))).ravel().astype(np.int64)
+        dim0 = _ravelled(qmap, f"{kind}_v_list_dim0", np.full(n_bins, np.nan)).astype(np.float64)
+        dim1 = _ravelled(qmap, f"{kind}_v_list_dim1", np.full(1, np.nan)).astype(np.float64)
+        num_pts = _ravelled(qmap, f"{kind}_num_pts", (len(dim0), len(dim1))).astype(np.int64)
         if num_pts.tolist() != [len(dim0), len(dim1)]:
             raise RoiMapError(
                 f"{kind}_num_pts is {num_pts.tolist()}, but {kind}_v_list_dim0 has {len(dim0)} values"
@@ -310,7 +314,7 @@ def _from_qmap(qmap: dict[str, Any]) -> RoiMap:
         qmap |= {f"static{name}": value for name, value in dynamic.items()}
     maps = {name: _bins(name, qmap.pop(name)) for name in ("static_roi_map", "dynamic_roi_map")}
     if "mask" in qmap:
-        mask = _numbers(qmap, "mask", None)
+        mask = _numbers("mask", qmap["mask"])
         for name, roi_map in maps.items():
             if mask.shape != roi_map.shape:
                 raise RoiMapError(f"mask is {mask.shape}, {name} is {roi_map.shape}")
@@ -318,23 +322,35 @@ def _from_qmap(qmap: dict[str, Any]) -> RoiMap:
     return RoiMap(**maps, qmap=qmap)
 
 
-def _numbers(qmap: Mapping[str, Any], name: str, default: Any) -> NDArray[Any]:
-    values = np.asarray(qmap.get(name, default))
-    if values.dtype.kind not in "biuf":
-        raise RoiMapError(f"{name} is {values.tolist()!r:.100}, not numbers")
-    return values
+def _numbers(name: str, values: Any) -> NDArray[Any]:
+    numbers = np.asarray(values)
+    if numbers.dtype.kind not in "biuf":
+        raise RoiMapError(f"{name} is {values!r:.100}, not numbers")
+    return numbers
+
+
+def _ravelled(qmap: Mapping[str, Any], name: str, default: Any) -> NDArray[Any]:
+    return _numbers(name, qmap.get(name, default)).ravel()
+
+
+def _geometry(qmap: Mapping[str, Any]) -> dict[str, float]:
+    geometry = {name: _numbers(name, qmap.get(name, np.nan)) for name in GEOMETRY}
+    for name, value in geometry.items():
+        if value.size != 1:
+            raise RoiMapError(f"{name} has {value.size} values, not one")
+    return {name: float(value.item()) for name, value in geometry.items()}
 
 
 def _bins(name: str, values: Any) -> NDArray[np.int32]:
     """Widen a map (pySimpleMask stores it as uint8 where it can) once it is known to hold bins only."""
-    values = np.asarray(values)
-    if values.ndim != 2 or values.size == 0:
-        raise RoiMapError(f"{name} has the shape {values.shape}, not rows and columns")
-    wrong = ~((values >= 0) & (values <= values.size) & (values == np.trunc(values)))
+    numbers = _numbers(name, values)
+    if numbers.ndim != 2 or numbers.size == 0:
+        raise RoiMapError(f"{name} has the shape {numbers.shape}, not rows and columns")
+    wrong = ~((numbers >= 0) & (numbers <= MAX_BINS) & (numbers == np.trunc(numbers)))
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
-        raise RoiMapError(f"{name} has {values[row, column]} at row {row}, column {column}: not a bin")
-    return _read_only(values.astype(np.int32))
+        raise RoiMapError(f"{name} has {numbers[row, column]} at row {row}, column {column}: not a bin")
+    return _read_only(numbers.astype(np.int32))
 
 
 def _dynamic_of_static(static: NDArray[np.int32], dynamic: NDArray[np.int32], n_static: int) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ from stream.messages import Arrays, FrameBatch, RunStart
 from stream.operators.kernels import totals
 from stream.operators.roimap import RoiMap
 from stream.operators.segments import Segments
-from stream.operators.state import check_identity, identity
+from stream.operators.state import check_identity, identity, static_bins
 from stream.operators.tiles import Threads
 
 MAX_SEGMENTS = 20
@@ -35,7 +35,7 @@ class Scattering:
         self._start = start
         self._roimap = roimap
         self._threads = Threads(threads)
-        self._bins = roimap.crop(start.origin, start.shape).static_roi_map.ravel()
+        self._bins = static_bins(start, roimap).ravel()
         n_pixel = self._bins.size
         self._limit = np.iinfo(np.int64).max if start.saturation_value is None else start.saturation_value
         self._alive = np.ones(n_pixel, np.uint8)

@@ -1,10 +1,27 @@
-"""What the state of an operator must have in common with the operator that takes it over."""
+"""What binds an operator, and a saved state of it, to a run and a roi map."""
 
 import numpy as np
+from numpy.typing import NDArray
 
-from stream.errors import CheckpointError
+from stream.errors import CheckpointError, RoiMapError
 from stream.messages import Arrays, RunStart
 from stream.operators.roimap import RoiMap
+
+
+def static_bins(start: RunStart, roimap: RoiMap) -> NDArray[np.int32]:
+    """Return the static roi map of the region that a run streams, cut out of that of the whole detector.
+
+    Raises
+    ------
+    RoiMapError
+        The map was made for another detector.
+    """
+    detector_shape = start.detector_shape or start.shape
+    if roimap.shape != detector_shape:
+        raise RoiMapError(
+            f"the roi map has {roimap.shape} rows and columns, the detector of {start.run} {detector_shape}"
+        )
+    return roimap.crop(start.origin, start.shape).static_roi_map
 
 
 def identity(start: RunStart, roimap: RoiMap, *parameters: int) -> Arrays:
