@@ -149,7 +149,7 @@ def test_an_unknown_version_is_refused_by_name(message, route, header, payload):
 
 @kinds
 def test_every_field_of_the_table_but_the_optional_is_needed(message, route, header, payload):
-    for name in header:
+    for name in header.keys() - {"detector_shape"}:
         fewer = {key: value for key, value in header.items() if key != name}
         with pytest.raises(DecodeError):
             decode([route, msgpack.packb(fewer), bytes.fromhex(payload)])
