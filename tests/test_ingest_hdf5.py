@@ -198,7 +198,15 @@ def test_frames_of_a_damaged_chunk_are_rejected_by_name_and_the_others_come(dama
 
 
 @pytest.mark.parametrize(
-    "garbage", [b"\x00", b"\xff" * 8, b"\xff" * 40, b"\x00" * 40, (60).to_bytes(8, "big") + b"\x7f" * 40]
+    "garbage",
+    [
+        b"\x00",
+        b"\xff" * 8,
+        b"\xff" * 40,
+        b"\x00" * 40,
+        (60).to_bytes(8, "big") + b"\x7f" * 40,
+        (2**62).to_bytes(8, "big") + b"\x00\x00\x20\x00" * 9,
+    ],
 )
 def test_whatever_a_chunk_holds_only_its_frame_is_lost(tmp_path, garbage):
     path = write(tmp_path / "x.h5", chunks=FRAME, **BSLZ4)
@@ -484,11 +492,27 @@ def test_frames_too_large_to_be_true_are_refused_before_room_is_made(tmp_path, s
         Hdf5Source(tmp_path / "x.h5", frame_time=1)
 
 
-def test_no_more_than_a_bounded_size_is_read_at_once_however_large_the_chunks(tmp_path, monkeypatch):
+@pytest.fixture
+def room_for_3_frames(monkeypatch):
     monkeypatch.setattr("stream.ingest.hdf5.MAX_READ_BYTES", 3 * FRAMES[0].nbytes)
+
+
+@pytest.mark.usefixtures("room_for_3_frames")
+def test_no_more_than_a_bounded_size_is_read_at_once_however_large_the_chunks(tmp_path):
     path = write(tmp_path / "x.h5", chunks=(8, 6, 5), compression="gzip")
     assert max(len(frames) for _, frames in batches(path)) == 3
     np.testing.assert_array_equal(frames_of(path), FRAMES)
+
+
+@pytest.mark.usefixtures("room_for_3_frames")
+def test_of_chunks_larger_than_a_read_just_the_frames_of_bad_ones_are_lost(tmp_path):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        dataset = file.create_dataset("entry/data/data", FRAMES.shape, "<u2", chunks=(5, 6, 5), compression="gzip")
+        dataset[:5] = FRAMES[:5]
+        dataset[10:] = FRAMES[10:]
+        dataset.id.write_direct_chunk((15, 0, 0), b"garbage")
+    found = batches(tmp_path / "x.h5", frame_time=1)
+    assert [first + i for first, frames in found for i in range(len(frames))] == [*range(5), *range(10, 15), 20, 21, 22]
 
 
 def test_a_file_without_frames_where_they_are_sought_says_how_to_name_them(tmp_path):
@@ -502,6 +526,14 @@ def test_a_file_that_is_missing_or_not_hdf5_is_named(tmp_path):
     for name in ("text.h5", "missing.h5"):
         with pytest.raises(SourceError, match=name):
             Hdf5Source(tmp_path / name)
+
+
+@pytest.mark.parametrize("part", [b"TREE", b"SNOD", b"HEAP"])
+def test_a_file_whose_structure_is_damaged_is_named(tmp_path, part):
+    path = write(tmp_path / "x.h5", chunks=FRAME)
+    path.write_bytes(path.read_bytes().replace(part, b"\xff" * 4))
+    with pytest.raises(SourceError, match=r"x\.h5 is damaged: "):
+        Hdf5Source(path)
 
 
 def test_a_metadata_file_that_is_given_and_missing_is_named(tmp_path):

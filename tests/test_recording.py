@@ -114,7 +114,7 @@ GARBAGE = {
     "an array of arrays": b"\x81" * 5000,
     "an array of unknown length": b"\x9f\x41a\xff",
     "bytes of unknown length": b"\x81\x5f\x41a\xff",
-    "a reserved length": b"\x9c",
+    "a reserved length": b"\x9c" + bytes(16),
     "too many parts": b"\x98\x41" + b"\x40" * 65,
     "2**60 parts": b"\x9b\x10" + bytes(7),
     "a part of 2**60 bytes": b"\x81\x5b\x10" + bytes(7),

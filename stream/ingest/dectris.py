@@ -20,8 +20,10 @@ from stream.wire import MAX_MESSAGE_BYTES, Buffer
 logger = logging.getLogger(__name__)
 
 POLL_MS = 50
+LATENCY = 0.1
+"""Seconds that a frame waits at most for its batch to fill."""
 RECEIVE_HWM = 64
-MAX_BATCH_BYTES = 2**30
+MAX_BATCH_BYTES = 2**28
 
 
 @dataclass(slots=True)
@@ -102,30 +104,29 @@ class DectrisDecoder:
         timestamp_ns = self._timestamp(image)
         if self._series is None or (self._series.start is None and self._series.run != image.run):
             self._series = _Series(image.run)
-        if self._open is None or not self._continues(image, counts):
+        batch = self._open
+        if batch is None or not self._continues(batch, image, counts):
             yield from self.idle()
             if self._series.run == image.run:
                 yield from self._announce(self._series, counts)
-            self._open = _OpenBatch(image.run, image.number, timestamp_ns)
-            if (self._buffer.shape[1:], self._buffer.dtype) != (counts.shape, counts.dtype):
+            batch = self._open = _OpenBatch(image.run, image.number, timestamp_ns)
+            if not self._fits(counts):
                 capacity = min(self._batch, max(1, MAX_BATCH_BYTES // counts.nbytes))
                 self._buffer = np.empty((capacity, *counts.shape), counts.dtype)
-        frame = self._buffer[self._open.n]
+        frame = self._buffer[batch.n]
         frame[...] = counts
-        self._open.n += 1
+        batch.n += 1
         if self._series.run == image.run:
             self._series.last = max(self._series.last, image.number)
             frame.reshape(-1)[self._series.masked] = np.iinfo(frame.dtype).max
-        if self._open.n == len(self._buffer):
+        if batch.n == len(self._buffer):
             yield from self.idle()
 
-    def _continues(self, image: Image, counts: NDArray[Any]) -> bool:
-        batch = self._open
-        return (
-            batch is not None
-            and (batch.run, batch.first + batch.n) == (image.run, image.number)
-            and (self._buffer.shape[1:], self._buffer.dtype) == (counts.shape, counts.dtype)
-        )
+    def _continues(self, batch: _OpenBatch, image: Image, counts: NDArray[Any]) -> bool:
+        return (batch.run, batch.first + batch.n) == (image.run, image.number) and self._fits(counts)
+
+    def _fits(self, counts: NDArray[Any]) -> bool:
+        return (self._buffer.shape[1:], self._buffer.dtype) == (counts.shape, counts.dtype)
 
     def _select(self, image: Image) -> NDArray[np.unsignedinteger[Any]]:
         channel = next(iter(image.channels), None) if self._channel is None else self._channel
@@ -229,7 +230,8 @@ class DectrisSource:
         self._socket.close()
 
     def __iter__(self) -> Iterator[Message | None]:
-        """Yield what the detector sends; None when nothing came for `POLL_MS`."""
+        """Yield what the detector sends, at most `LATENCY` late; None when nothing came for `POLL_MS`."""
+        flushed = time.monotonic()
         while True:
             try:
                 parts = self._socket.recv_multipart() if self._socket.poll(POLL_MS) else None
@@ -240,6 +242,9 @@ class DectrisSource:
                 yield None
             else:
                 yield from self._decoder.feed(parts)
+                if time.monotonic() - flushed > LATENCY:
+                    yield from self._decoder.idle()
+                    flushed = time.monotonic()
 
     def position(self) -> Position:
         """Return {}: a detector sends once."""

@@ -192,12 +192,18 @@ _GEOMETRY = {
 
 
 def _usable(entries: dict[str, Any], whose: str) -> dict[str, Any]:
-    for name, bound in _GEOMETRY.items():
-        value = entries.get(name, 1.0)
-        if not isinstance(value, int | float) or not math.isfinite(value) or value <= bound:
-            logger.warning("%s left out: the %s says %s", name, whose, reprlib.repr(value))
-            del entries[name]
-    return entries
+    useless = {
+        name: entries[name]
+        for name, bound in _GEOMETRY.items()
+        if name in entries and not _is_number_above(bound, entries[name])
+    }
+    if useless:
+        logger.warning("left out of what the %s says: %s", whose, reprlib.repr(useless))
+    return {name: value for name, value in entries.items() if name not in useless}
+
+
+def _is_number_above(bound: float, value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value > bound
 
 
 def _travels(entries: dict[str, Any]) -> bool:

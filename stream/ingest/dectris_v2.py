@@ -27,8 +27,6 @@ from stream.ingest.dectris_messages import (
 )
 from stream.wire import Buffer
 
-_MULTI_DIMENSIONAL = 40
-_COMPRESSED = 56500
 _DTYPES = {64: "|u1", 69: "<u2", 70: "<u4"}
 _MAX_DEPTH = 32
 

@@ -109,7 +109,7 @@ class Hdf5Source:
     ConfigError
         The frames, or frame_time, are not to be found.
     SourceError
-        The file is not there, is no HDF5 file, or does not hold frames of integers of 8, 16 or 32 bit.
+        The file is not there, is damaged or no HDF5 file, or does not hold frames of integers of 8, 16 or 32 bit.
 
     Notes
     -----
@@ -137,20 +137,23 @@ class Hdf5Source:
     ) -> None:
         if batch < 1:
             raise ConfigError(f"batch is {batch}, must be at least 1")
-        with ExitStack() as files:
-            file = files.enter_context(_open(path))
-            datasets, self._is_complete = _datasets(file, path, dataset)
-            found = _metadata(file)
-            beside = metadata or path.with_name(f"{path.stem}_metadata.hdf")
-            if metadata or beside.exists():
-                with _open(beside) as other:
-                    found |= _metadata(other)
-            self._blocks = [_Block(d) for d in datasets]
-            self._offsets: list[int] = np.cumsum([0, *(len(d) for d in datasets)]).tolist()
-            self._n_frames = self._offsets[-1]
-            self._start = _run_start(path, found, datasets[0], self._n_frames, frame_time)
-            self._start_ns = _start_ns(path, found.get("start_time"))
-            self._files = files.pop_all()
+        try:
+            with ExitStack() as files:
+                file = files.enter_context(_open(path))
+                datasets, self._is_complete = _datasets(file, path, dataset)
+                found = _metadata(file)
+                beside = metadata or path.with_name(f"{path.stem}_metadata.hdf")
+                if metadata or beside.exists():
+                    with _open(beside) as other:
+                        found |= _metadata(other)
+                self._blocks = [_Block(d) for d in datasets]
+                self._offsets: list[int] = np.cumsum([0, *(len(d) for d in datasets)]).tolist()
+                self._n_frames = self._offsets[-1]
+                self._start = _run_start(path, found, datasets[0], self._n_frames, frame_time)
+                self._start_ns = _start_ns(path, found.get("start_time"))
+                self._files = files.pop_all()
+        except (OSError, RuntimeError, KeyError, ValueError) as error:  # as h5py finds the file damaged
+            raise SourceError(f"{path} is damaged: {error}") from error
         self._buffer = self._blocks[0].buffer(batch)
         self._next = -1
 

@@ -231,13 +231,13 @@ def _multitau(xpcs: h5py.Group, run: _Run, n_dynamic: int) -> None:
     _put(group, "config/avg_frame", 1)
     arrays = _arrays(run, "multitau", ("delay", "tau", "g2", "g2_err", "n_pairs", "G2", "IP", "IF"))
     if arrays is None:
-        delay = np.array([1, 2])
-        unknown = np.full((2, n_dynamic), np.nan)
-        arrays = {"delay": delay, "tau": delay * run.start.frame_time, "g2": unknown, "g2_err": unknown}
-        arrays["n_pairs"] = np.zeros(2)
+        none = np.empty((0, n_dynamic))
+        arrays = {"delay": none[:, 0], "tau": none[:, 0], "g2": none, "g2_err": none, "n_pairs": none[:, 0]}
     _fits(run, "multitau", "g2", arrays["g2"].shape[1:], (n_dynamic,))
+    if len(arrays["delay"]) < 2:
+        arrays = _two_delays(arrays, run.start.frame_time)
     known = np.isfinite(arrays["g2"]).any(axis=1)
-    if known.sum() < 2:  # pyXpcsViewer cannot read an array of shape (1, 1)
+    if known.sum() < 2:
         known[:2] = True
     # One NaN fails the viewer's fit of that bin, so delays without any pair are left out.
     table = {name: array[known] for name, array in arrays.items()}
@@ -251,6 +251,16 @@ def _multitau(xpcs: h5py.Group, run: _Run, n_dynamic: int) -> None:
         group["G2"].attrs["storage_mode"] = "other"  # one column per static bin
 
 
+def _two_delays(arrays: Arrays, frame_time: float) -> dict[str, NDArray[Any]]:
+    """Return the results at delays 1 and 2, NaN where there are none: the viewer cannot read arrays of shape (1, 1)."""
+    padded = {}
+    for name, array in arrays.items():
+        padded[name] = np.full((2, *array.shape[1:]), np.nan)
+        padded[name][: len(array)] = array
+    delay = np.array([1, 2])
+    return padded | {"delay": delay, "tau": delay * frame_time, "n_pairs": np.nan_to_num(padded["n_pairs"])}
+
+
 def _temporal_mean(xpcs: h5py.Group, run: _Run, qmap: Mapping[str, Any]) -> None:
     group = xpcs.create_group("temporal_mean")
     n_static = len(qmap["static_index_mapping"])
@@ -258,19 +268,22 @@ def _temporal_mean(xpcs: h5py.Group, run: _Run, qmap: Mapping[str, Any]) -> None
     whole = np.full(np.shape(qmap["mask"]), np.nan)
     arrays = _arrays(run, "scattering", names)
     if arrays is None:
-        arrays = {name: np.full((1, n_static), np.nan) for name in names[1:3]} | {"segment_start": np.zeros(1, int)}
+        arrays = {"scattering_1d": np.full(n_static, np.nan), "scattering_1d_segments": np.empty((0, n_static))}
     else:
         image, (row, column) = arrays["image"], arrays["origin"]
         window = whole[row : row + image.shape[0], column : column + image.shape[1]]
         _fits(run, "scattering", f"image at row {row}, column {column}", image.shape, window.shape)
         window[:] = image
-    _fits(run, "scattering", "scattering_1d", arrays["scattering_1d"].shape[-1:], (n_static,))
+    _fits(run, "scattering", "scattering_1d", arrays["scattering_1d"].shape, (n_static,))
+    if not len(arrays["scattering_1d_segments"]):
+        nothing = {"scattering_1d_segments": np.full((1, n_static), np.nan), "segment_start": np.zeros(1, np.int64)}
+        arrays = arrays | nothing
     # The viewer takes percentiles of this image: no NaN. Which pixels were measured stands in frame_average.
     _put(group, "scattering_2d", np.nan_to_num(whole)[np.newaxis])
     _put(group, "frame_average", whole, long_name="counts per pixel and frame", units="counts")
     for name in names[1:3]:
         rows = np.atleast_2d(arrays[name])
-        _put(group, name, rows if rows.size > 1 else rows[0])  # the viewer cannot read an array of shape (1, 1)
+        _put(group, name, rows.ravel() if rows.shape == (1, 1) else rows)  # the viewer cannot read (1, 1)
     _put(group, "segment_start", arrays["segment_start"], units="frames")
     _put_bins(group, qmap, "static")
 
@@ -288,13 +301,18 @@ def _spatial_mean(xpcs: h5py.Group, run: _Run) -> None:
 
 
 def _per_frame(frame: NDArray[Any], intensity: NDArray[Any], n_frames: int) -> NDArray[np.float64]:
-    """Return frame and mean counts as pyXpcsViewer takes them: its abscissa is the column, 0 counts is a bad frame."""
+    """Return (2, n): frame and mean counts as pyXpcsViewer takes them.
+
+    Its abscissa is the column, so every frame has the counts of its interval; a bad frame has 0.
+    """
     counts = np.nan_to_num(intensity)
+    n_frames = max(n_frames, int(frame[-1]) + 1)
     if n_frames > _LONGEST_PER_FRAME:
         return np.stack([frame, counts])
-    starts = np.append(frame, max(n_frames, frame[-1] + 1))
-    counts = np.concatenate([np.zeros(frame[0]), np.repeat(counts, np.diff(starts))])
-    return np.stack([np.arange(len(counts)), counts])
+    every = np.arange(n_frames)
+    interval = np.searchsorted(frame, every, side="right") - 1
+    within = (interval >= 0) & (every - frame[interval] < np.diff(frame).min(initial=n_frames))
+    return np.stack([every, np.where(within, counts[interval], 0.0)])
 
 
 def _entry(entry: h5py.Group, run: _Run) -> None:
