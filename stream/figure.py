@@ -14,7 +14,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 
 from stream.errors import ConfigError
@@ -34,6 +34,8 @@ _FEW_PAIRS = 32
 
 _MOST_PANELS = 40
 _UNITS = {"1/angstrom": "Å⁻¹", "A^-1": "Å⁻¹", "Å^-1": "Å⁻¹", "degree": "°", "deg": "°"}
+_LARGEST_IMAGE = 700
+_OUTLINE = (255, 255, 255, 140)
 _INK = "#1f2933"
 _PALE = "#8b98a5"
 _TRUTH = "#d1495b"
@@ -51,6 +53,10 @@ class _Axis:
     def read(cls, dataset: h5py.Dataset) -> Self:
         unit = str(dataset.attrs["units"])
         return cls(str(dataset.attrs["long_name"]), _UNITS.get(unit, unit), dataset[()])
+
+    @property
+    def known(self) -> bool:
+        return bool(np.isfinite(self.values).all())
 
     @property
     def label(self) -> str:
@@ -122,7 +128,7 @@ def _correlations(figure: SubFigure, file: h5py.File) -> None:
     tau, n_pairs = multitau["tau"][()], multitau["n_pairs"][()]
     g2, error = multitau["normalized_g2"][()], multitau["normalized_g2_err"][()]
     dims = [_Axis.read(file[f"entry/data/v_dim{dim}"]) for dim in (0, 1)]
-    titled = [dim for dim in dims if np.unique(dim.values).size > 1] or dims[:1]
+    titled = [dim for dim in dims if dim.known and np.unique(dim.values).size > 1]
     bins = _even_choice(g2.shape[1])
     colors = colormaps["viridis"](np.linspace(0, 0.85, len(bins)))
     truth = _truth(json.loads(file["xpcs/metadata"][()]), g2.shape[1])
@@ -132,7 +138,7 @@ def _correlations(figure: SubFigure, file: h5py.File) -> None:
     for axes in panels[len(bins) :]:
         axes.remove()
     for panel, (axes, index, color) in enumerate(zip(panels, bins, colors, strict=False)):
-        axes.set_title(", ".join(dim.at(index) for dim in titled), fontsize=9, color=_INK)
+        axes.set_title(", ".join(dim.at(index) for dim in titled) or f"bin {index + 1}", fontsize=9, color=_INK)
         axes.axhline(1, color=_PALE, linewidth=0.6)
         for trusted, alpha in ((n_pairs >= _FEW_PAIRS, 1.0), (n_pairs < _FEW_PAIRS, 0.25)):
             points = (tau[trusted], g2[trusted, index], np.nan_to_num(error[trusted, index]))
@@ -141,7 +147,7 @@ def _correlations(figure: SubFigure, file: h5py.File) -> None:
             axes.plot(tau, truth.g2(tau, index), color=_TRUTH, linewidth=1.1, label=truth.label, zorder=3)
         axes.set_xscale("log")
         axes.grid(color=_PALE, alpha=0.2, linewidth=0.6)
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())  # most of the drawing time would go into them
         if panel >= len(panels) - columns:
             axes.set_xlabel("τ (s)", color=_INK)
         if panel % columns == 0:
@@ -184,21 +190,23 @@ def _truth(metadata: Mapping[str, Any], n_bins: int) -> _Truth | None:
 
 
 def _image(axes: Axes, file: h5py.File) -> None:
-    image = file["xpcs/temporal_mean/frame_average"][()]
-    bins = file["xpcs/qmap/dynamic_roi_map"][()]
+    image, bins = file["xpcs/temporal_mean/frame_average"][()], file["xpcs/qmap/dynamic_roi_map"][()]
+    rows, columns = image.shape
+    block = math.ceil(max(image.shape) / _LARGEST_IMAGE)
+    image, bins = _block_mean(image, block), bins[::block, ::block]
     counts = image[np.isfinite(image) & (image > 0)]
     norm: Normalize = Normalize(0, 1)
     if counts.size:
         low, high = np.percentile(counts, (1, 99.9))
         norm = LogNorm(low, max(high, low * 1.01), clip=True)
     colors = colormaps["magma"].with_extremes(bad="#d8dee4")
-    mesh = axes.imshow(np.ma.masked_invalid(image), norm=norm, cmap=colors, interpolation="nearest")
-    outline = np.zeros(bins.shape, bool)
-    outline[:-1] |= bins[:-1] != bins[1:]
-    outline[:, :-1] |= bins[:, :-1] != bins[:, 1:]
-    overlay = np.zeros((*bins.shape, 4))
-    overlay[outline] = (1, 1, 1, 0.55)
-    axes.imshow(overlay, interpolation="antialiased")
+    colors = colormaps["magma"].with_extremes(bad="#d8dee4")
+    extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
+    mesh = axes.imshow(np.ma.masked_invalid(image), norm=norm, cmap=colors, interpolation="nearest", extent=extent)
+    outline = np.zeros((*bins.shape, 4), np.uint8)
+    outline[:-1][bins[:-1] != bins[1:]] = _OUTLINE
+    outline[:, :-1][bins[:, :-1] != bins[:, 1:]] = _OUTLINE
+    axes.imshow(outline, extent=extent)
     axes.set_title("mean counts per pixel and frame, bins outlined", fontsize=9, color=_INK)
     bar = axes.figure.colorbar(mesh, cax=axes.inset_axes((1.02, 0, 0.025, 1)))
     bar.outline.set_visible(False)
@@ -207,6 +215,8 @@ def _image(axes: Axes, file: h5py.File) -> None:
 
 def _scattering(axes: Axes, group: h5py.Group) -> None:
     dim = _Axis.read(group["v_dim0"])
+    if not dim.known:
+        dim = _Axis("bin", "", np.arange(1.0, len(dim.values) + 1))
     mean, segments = group["scattering_1d"][()].ravel(), np.atleast_2d(group["scattering_1d_segments"][()])
     values, ring = np.unique(dim.values, return_inverse=True)
     colors = colormaps["viridis"](np.linspace(0, 0.85, len(segments)))
@@ -255,11 +265,25 @@ def _mean_per(ring: NDArray[np.intp], values: NDArray[np.float64]) -> NDArray[np
     return mean
 
 
+def _block_mean(image: NDArray[np.float64], block: int) -> NDArray[np.float64]:
+    """Return the mean over blocks of pixels, of those that are known; NaN where none is."""
+    if block == 1:
+        return image
+    known = np.isfinite(image)
+    sums, numbers = np.where(known, image, 0.0), known.astype(np.float64)
+    for axis, size in enumerate(image.shape):
+        edges = np.arange(0, size, block)
+        sums, numbers = np.add.reduceat(sums, edges, axis), np.add.reduceat(numbers, edges, axis)
+    mean = np.full(sums.shape, np.nan)
+    np.divide(sums, numbers, out=mean, where=numbers > 0)
+    return mean
+
+
 def _range(g2: NDArray[np.float64]) -> tuple[float, float]:
     known = g2[np.isfinite(g2)]
     if not known.size:
         return 0.9, 1.5
-    low, high = min(1.0, *np.percentile(known, [1])), max(1.0, *np.percentile(known, [99.5]))
+    low, high = min(1.0, known.min()), max(1.0, known.max())
     margin = 0.12 * (high - low) or 0.1
     return low - margin, high + margin
 

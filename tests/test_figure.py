@@ -1,6 +1,7 @@
 """What the picture of a result file shows."""
 
 import io
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -57,12 +58,29 @@ def test_bins_of_two_dimensions_are_named_by_both(tmp_path):
     assert titles == [f"q = {q} Å⁻¹, phi = {phi}°" for q in ("0.01", "0.02") for phi in ("-45", "45")]
 
 
+def test_bins_of_a_map_that_does_not_say_where_they_lie_are_numbered(tmp_path):
+    qmap = make_qmap() | {"static_v_list_dim0": np.full(8, np.nan), "dynamic_v_list_dim0": np.full(4, np.nan)}
+    figure = draw(write_run(tmp_path / "result.h5", qmap, make_outputs(make_qmap())))
+    assert [axes.get_title() for axes in figure.get_axes()][:4] == ["bin 1", "bin 2", "bin 3", "bin 4"]
+    assert titled(figure, "scattering").get_lines()[-1].get_xdata().tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
 def test_a_panel_shows_g2_against_tau_in_seconds_on_a_logarithmic_axis(tmp_path):
     axes = panels(drawn(tmp_path))[2]
     with h5py.File(tmp_path / "result.h5") as file:
         table = np.stack([file["xpcs/multitau/tau"], file["xpcs/multitau/normalized_g2"][:, 2]], axis=1)
     assert axes.get_xscale() == "log"
     np.testing.assert_array_equal(np.concatenate(points(axes)), table)
+
+
+def test_every_trusted_point_is_within_view(tmp_path):
+    qmap = make_qmap()
+    start, multitau, *rest = make_outputs(qmap)
+    multitau.arrays["g2"][:] = 1.0
+    multitau.arrays["g2"][0, 3] = 1.4
+    figure = drawn(tmp_path, [start, multitau, *rest])
+    low, high = panels(figure)[3].get_ylim()
+    assert low < 1.0 < 1.4 < high
 
 
 def test_delays_of_few_pairs_are_pale(tmp_path):
@@ -117,6 +135,22 @@ def test_the_image_shows_mean_counts_and_hides_what_was_not_measured(tmp_path):
         np.testing.assert_array_equal(image.get_array().filled(np.nan), file["entry/data/frame_average"])
     assert image.get_array().mask[:, 30:33].all()
     assert np.asarray(outline.get_array())[..., 3].any()
+
+
+def test_a_large_image_is_drawn_as_means_over_blocks_that_leave_out_masked_pixels(tmp_path):
+    qmap = make_qmap()
+    qmap |= {
+        name: np.kron(qmap[name], np.ones((30, 30), "u1")) for name in ("mask", "dynamic_roi_map", "static_roi_map")
+    }
+    start, multitau, scattering, *rest = make_outputs(make_qmap())
+    image = np.kron(scattering.arrays["image"], np.ones((30, 30)))
+    image[::2] = np.nan
+    outputs = [start, multitau, replace(scattering, arrays={**scattering.arrays, "image": image}), *rest]
+    figure = draw(write_run(tmp_path / "result.h5", qmap, outputs))
+    shown = titled(figure, "mean counts per pixel and frame, bins").get_images()[0]
+    means = np.kron(scattering.arrays["image"], np.ones((10, 10)))
+    np.testing.assert_allclose(shown.get_array().filled(np.nan), means)
+    assert list(shown.get_extent()) == [-0.5, 1919.5, 1439.5, -0.5]
 
 
 def test_scattering_is_drawn_whole_and_in_segments(tmp_path):

@@ -114,8 +114,27 @@ def aborted(qmap):
     return [start, replace(stop, n_frames=0, exit_status="abort")]
 
 
+def without_frames(qmap):
+    """Every operator gave its result, though it never saw a frame."""
+    n_dynamic, n_static = len(qmap["dynamic_index_mapping"]), len(qmap["static_index_mapping"])
+    table, dynamic, static = np.empty(0), np.empty((0, n_dynamic)), np.empty((0, n_static))
+    unknown = np.full(n_static, np.nan)
+    arrays = {
+        "multitau": {"delay": table, "tau": table, "n_pairs": table, "g2": dynamic, "g2_err": dynamic}
+        | {"G2": static, "IP": static, "IF": static},
+        "scattering": {"image": np.full(SHAPE, np.nan), "origin": np.zeros(2, np.int64), "scattering_1d": unknown}
+        | {"scattering_1d_segments": static, "segment_start": table},
+        "intensity": {"frame": np.empty(0, np.int64), "intensity": table},
+    }
+    start, stop = aborted(qmap)
+    results = [Result(run=start.run, operator=name, n_frames=0, final=True, arrays=arrays[name]) for name in arrays]
+    return [start, *results, stop]
+
+
 def two_frames(qmap):
-    return list(make_outputs(qmap, n_frames=2))
+    """There is one pair of frames, so one delay."""
+    start, multitau, *rest = make_outputs(qmap, n_frames=2)
+    return [start, replace(multitau, arrays={name: array[:1] for name, array in multitau.arrays.items()}), *rest]
 
 
 def half_dark(qmap):
@@ -141,6 +160,7 @@ def one_bin():
 RUNS = [
     pytest.param(make_qmap, make_outputs, id="complete"),
     pytest.param(make_qmap, aborted, id="aborted before the first frame"),
+    pytest.param(make_qmap, without_frames, id="results without frames"),
     pytest.param(one_bin, two_frames, id="two frames, one bin"),
     pytest.param(make_qmap, half_dark, id="bins without counts"),
     pytest.param(make_qmap, hostile, id="hostile metadata"),
@@ -220,7 +240,7 @@ def drawn(tmp_path_factory):
     """What stands in the tabs of pyXpcsViewer, drawn off screen, of a run, an aborted run, one with dark bins."""
     folder = tmp_path_factory.mktemp("viewer")
     qmap = make_qmap()
-    runs = [make_outputs, aborted, half_dark]
+    runs = [make_outputs, without_frames, half_dark]
     paths = [write_run(folder / f"{run.__name__}.h5", qmap, run(qmap)) for run in runs]
     environment = {**os.environ, "QT_QPA_PLATFORM": "offscreen", "HOME": str(folder)}
     command = [sys.executable, "-c", DRIVE, *paths]
@@ -246,8 +266,8 @@ def test_pyxpcsviewer_draws_all_its_tabs_of_a_run(drawn):
 
 
 def test_pyxpcsviewer_draws_a_run_that_was_aborted_before_its_first_frame(drawn):
-    assert drawn["aborted"]["saxs_2d"] == list(SHAPE)
-    assert drawn["aborted"]["fitted tau"] == [None] * 4
+    assert drawn["without_frames"]["saxs_2d"] == list(SHAPE)
+    assert drawn["without_frames"]["fitted tau"] == [None] * 4
 
 
 def test_pyxpcsviewer_still_fits_the_other_bins_when_one_has_no_counts(drawn):
@@ -269,11 +289,14 @@ def test_pyxpcsviewer_reads_what_was_measured(tmp_path, make_map, outputs):
     assert seen.saxs_2d.shape == SHAPE
     assert np.isfinite(seen.saxs_2d).all()
     if given:
-        n = len(seen.t_el)
-        np.testing.assert_array_equal(seen.g2, given["multitau"]["g2"][:n])
-        np.testing.assert_allclose(seen.t_el, given["multitau"]["tau"][:n])
+        n = min(len(seen.t_el), len(given["multitau"]["tau"]))
+        np.testing.assert_array_equal(seen.g2[:n], given["multitau"]["g2"][:n])
+        np.testing.assert_allclose(seen.t_el[:n], given["multitau"]["tau"][:n])
+        assert not np.isfinite(given["multitau"]["g2"][n:]).any()
+        assert not np.isfinite(seen.g2[n:]).any()
         np.testing.assert_array_equal(seen.saxs_1d["Iq"][0], given["scattering"]["scattering_1d"])
-        np.testing.assert_array_equal(seen.Iqp, given["scattering"]["scattering_1d_segments"])
+        segments = given["scattering"]["scattering_1d_segments"]
+        np.testing.assert_array_equal(seen.Iqp[: len(segments)], segments)
 
 
 def test_delays_without_any_pair_are_left_out(tmp_path):
@@ -420,23 +443,23 @@ def test_a_pixel_that_was_not_measured_is_not_zero(tmp_path):
         np.testing.assert_array_equal(np.isnan(file["entry/data/frame_average"][()]), ~qmap["mask"])
 
 
-def test_intensity_has_one_value_per_frame_as_the_viewer_takes_it(tmp_path):
+def test_intensity_has_one_value_per_frame_as_the_viewer_takes_it_and_0_where_no_frame_came(tmp_path):
     qmap = make_qmap()
     start, *_, stop = make_outputs(qmap)
-    arrays = {"frame": np.array([2, 5, 8]), "intensity": np.array([0.1, np.nan, 0.3])}
-    intensity = Result(run=start.run, operator="intensity", n_frames=10, final=True, arrays=arrays)
+    arrays = {"frame": np.array([2, 4, 8, 10]), "intensity": np.array([0.1, 0.2, np.nan, 0.4])}
+    intensity = Result(run=start.run, operator="intensity", n_frames=11, final=True, arrays=arrays)
     with h5py.File(write_run(tmp_path / "result.h5", qmap, [start, intensity, stop])) as file:
         group = file["xpcs/spatial_mean"]
-        np.testing.assert_array_equal(group["intensity_vs_time"][0], np.arange(10))
-        np.testing.assert_array_equal(group["intensity_vs_time"][1], [0, 0, 0.1, 0.1, 0.1, 0, 0, 0, 0.3, 0.3])
+        np.testing.assert_array_equal(group["intensity_vs_time"][0], np.arange(11))
+        np.testing.assert_array_equal(group["intensity_vs_time"][1], [0, 0, 0.1, 0.1, 0.2, 0.2, 0, 0, 0, 0, 0.4])
         np.testing.assert_array_equal(group["intensity"][()], arrays["intensity"])
 
 
-def test_a_run_of_a_billion_frames_does_not_make_a_value_per_frame(tmp_path):
+def test_a_run_of_millions_of_frames_does_not_make_a_value_per_frame(tmp_path):
     qmap = make_qmap()
     start, *_, stop = make_outputs(qmap)
-    arrays = {"frame": np.array([0, 500_000_000]), "intensity": np.array([0.1, 0.3])}
-    intensity = Result(run=start.run, operator="intensity", n_frames=10**9, final=True, arrays=arrays)
+    arrays = {"frame": np.array([0, 4_000_000]), "intensity": np.array([0.1, 0.3])}
+    intensity = Result(run=start.run, operator="intensity", n_frames=5_000_000, final=True, arrays=arrays)
     with h5py.File(write_run(tmp_path / "result.h5", qmap, [start, intensity, stop])) as file:
         np.testing.assert_array_equal(file["xpcs/spatial_mean/intensity_vs_time"], np.stack(list(arrays.values())))
 
