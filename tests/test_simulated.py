@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from stream.errors import ConfigError, SourceError
-from stream.ingest.simulated import SimulatedSource, exponentials, philox
+from stream.ingest.simulated import SimulatedSource
+from stream.ingest.speckle import exponentials, philox
 from stream.messages import FrameBatch, RunStart, RunStop
 from tests import truth as truths
 

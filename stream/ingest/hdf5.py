@@ -6,7 +6,6 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import ExitStack
-from datetime import UTC, datetime, timedelta
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +17,8 @@ from dectris.compression import decompress
 from numpy.typing import NDArray
 
 from stream.errors import ConfigError, SourceError
-from stream.messages import ExitStatus, FrameBatch, Message, Position, Rejected, RunStart, RunStop
+from stream.ingest import nexus
+from stream.messages import ExitStatus, FrameBatch, Message, Position, Rejected, RunStop
 
 logger = logging.getLogger(__name__)
 
@@ -30,60 +30,6 @@ MAX_READ_BYTES = 2**30
 
 BITSHUFFLE, LZ4 = 32008, 2
 """The filter's number at the HDF Group, and its compression parameter."""
-
-KEV_ANGSTROM = 12.398419843320026
-"""h c (CODATA 2018)."""
-
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-UNITS: dict[str, dict[str, float]] = {
-    "s": {"s": 1, "ms": 1e-3, "us": 1e-6, "ns": 1e-9},
-    "m": {"m": 1, "mm": 1e-3, "um": 1e-6},
-    "keV": {"keV": 1, "eV": 1e-3},
-    "angstrom": {"angstrom": 1, "nm": 10},
-    "pixel": {"pixel": 1, "pixels": 1},
-}
-"""Our unit: what files state, and its size."""
-
-NUMBERS = (
-    ("frame_time", "s", "detector/frame_time", "s"),
-    ("count_time", "s", "detector/count_time", "s"),
-    ("detector_distance", "m", "detector/detector_distance", "m"),
-    ("detector_distance", "m", "detector/distance", "m"),
-    ("x_pixel_size", "m", "detector/x_pixel_size", "m"),
-    ("y_pixel_size", "m", "detector/y_pixel_size", "m"),
-    ("beam_center_x", "pixel", "detector/beam_center_x", "pixel"),
-    ("beam_center_y", "pixel", "detector/beam_center_y", "pixel"),
-    ("saturation_value", None, "detector/saturation_value", None),
-    ("bit_depth_image", None, "detector/bit_depth_image", None),
-    ("incident_energy", "keV", "beam/incident_energy", "keV"),
-    ("incident_energy", "keV", "detector/detectorSpecific/photon_energy", "eV"),
-    ("incident_wavelength", "angstrom", "beam/incident_wavelength", "angstrom"),
-    ("scan_number", None, "entry/scan_number", None),
-)
-"""Name, our unit, place, and unit where the file states none. The first that is found counts."""
-
-TEXTS = (
-    ("entry_identifier", "entry/entry_identifier"),
-    ("start_time", "entry/start_time"),
-    ("start_time", "detector/detectorSpecific/data_collection_date"),
-    ("sample", "entry/sample/name"),
-    ("detector", "detector/description"),
-)
-
-METADATA = (
-    "start_time",
-    "incident_energy",
-    "detector_distance",
-    "beam_center_x",
-    "beam_center_y",
-    "x_pixel_size",
-    "y_pixel_size",
-    "sample",
-    "scan_number",
-    "detector",
-)
-"""What of the above goes into `RunStart.metadata`."""
 
 
 class Hdf5Source:
@@ -116,6 +62,9 @@ class Hdf5Source:
     Signed counts are taken as unsigned ones of the same size, with the largest signed value as `saturation_value`: what
     was negative (a gap or a bad pixel, as PILATUS marks them) is then masked.
 
+    Frames of an EIGER master file are as in the detector's stream (`stream.ingest.dectris`): pixels that are masked or
+    overflown have the largest value of the dtype, also where the detector left it to us to apply its mask.
+
     Frames that cannot be read, or were never written (HDF5 would fill in zeros), are `Rejected`, so they show as lost.
 
     A master file names every data file that was planned. Files missing at its end are taken for those of an aborted
@@ -141,16 +90,18 @@ class Hdf5Source:
             with ExitStack() as files:
                 file = files.enter_context(_open(path))
                 datasets, self._is_complete = _datasets(file, path, dataset)
-                found = _metadata(file)
+                said = nexus.describe(file)
                 beside = metadata or path.with_name(f"{path.stem}_metadata.hdf")
                 if metadata or beside.exists():
                     with _open(beside) as other:
-                        found |= _metadata(other)
+                        said |= nexus.describe(other)
                 self._blocks = [_Block(d) for d in datasets]
                 self._offsets: list[int] = np.cumsum([0, *(len(d) for d in datasets)]).tolist()
                 self._n_frames = self._offsets[-1]
-                self._start = _run_start(path, found, datasets[0], self._n_frames, frame_time)
-                self._start_ns = _start_ns(path, found.get("start_time"))
+                shape, dtype = datasets[0].shape[1:], datasets[0].dtype
+                self._start = nexus.run_start(path, said, shape, dtype, self._n_frames, frame_time)
+                self._start_ns = nexus.start_ns(path, said)
+                self._masked = nexus.masked_pixels(file, shape)
                 self._files = files.pop_all()
         except (OSError, RuntimeError, KeyError, ValueError) as error:  # as h5py finds the file damaged
             raise SourceError(f"{path} is damaged: {error}") from error
@@ -201,18 +152,18 @@ class Hdf5Source:
         frames = self._buffer[: min(step - row % step, block.n_frames - row)]
         problems = block.read(row, frames)
         counts = frames.view(self._start.dtype)
+        counts.reshape(len(counts), -1)[:, self._masked] = np.iinfo(counts.dtype).max
         counts.flags.writeable = False
-        for problem, stretch in groupby(range(len(frames)), problems.__getitem__):
-            first, *others = stretch
-            last = others[-1] if others else first
-            self._next = begin + last + 1
+        end = begin
+        for problem, stretch in groupby(problems):
+            first, end = end, end + len(list(stretch))
+            self._next = end
             if problem is None:
-                timestamp_ns = self._start_ns + round((begin + first) * self._start.frame_time * 1e9)
-                yield FrameBatch(
-                    run=self._start.run, first=begin + first, frames=counts[first : last + 1], timestamp_ns=timestamp_ns
-                )
+                good = counts[first - begin : end - begin]
+                timestamp_ns = self._start_ns + round(first * self._start.frame_time * 1e9)
+                yield FrameBatch(run=self._start.run, first=first, frames=good, timestamp_ns=timestamp_ns)
             else:
-                yield Rejected(reason=f"{block.name}: frames {begin + first} to {begin + last}: {problem}")
+                yield Rejected(reason=f"{block.name}: frames {first} to {end - 1}: {problem}")
 
 
 class _Block:
@@ -336,123 +287,3 @@ def _dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset:
         if not (source.file_name == "." or "%" in source.file_name or (path.parent / source.file_name).exists()):
             raise SourceError(f"{path}: {name} needs {source.file_name}, which is not there")
     return dataset
-
-
-def _run_start(
-    path: Path, found: dict[str, Any], dataset: h5py.Dataset, n_frames: int, frame_time: float | None
-) -> RunStart:
-    if frame_time is None:
-        frame_time = found.get("frame_time")
-    if frame_time is None or not (math.isfinite(frame_time) and frame_time > 0):
-        raise ConfigError(
-            f"frame_time is {frame_time}: give it (s) with frame_time=, or in /entry/instrument/detector/frame_time of "
-            f"{path} or of {path.stem}_metadata.hdf"
-        )
-    count_time = found.get("count_time", frame_time)
-    if not 0 < count_time <= frame_time:
-        logger.warning(
-            "%s: count_time %g s is not within frame_time, %g s, which is taken", path, count_time, frame_time
-        )
-        count_time = frame_time
-    return RunStart(
-        run=found.get("entry_identifier", path.stem),
-        shape=dataset.shape[1:],
-        dtype=np.dtype(f"<u{dataset.dtype.itemsize}").str,
-        saturation_value=_saturation_value(found, dataset.dtype),
-        frame_time=frame_time,
-        count_time=count_time,
-        metadata={"n_frames": n_frames} | {name: found[name] for name in METADATA if name in found},
-    )
-
-
-def _saturation_value(found: dict[str, Any], dtype: np.dtype[Any]) -> int | None:
-    """Return the largest value that is a count.
-
-    EIGER marks masked and overflown pixels with the largest value of its image bit depth (DECTRIS, SIMPLON API).
-    """
-    largest = int(np.iinfo(dtype).max)
-    stated = found.get("saturation_value", 0)
-    if 0 < stated < largest and stated == int(stated):
-        return int(stated)
-    if dtype.kind == "i":
-        return largest
-    if "is_eiger" in found:
-        depth = found.get("bit_depth_image")
-        return min(largest, 2**depth - 1 if depth in (8, 16, 32) else largest) - 1
-    return None
-
-
-def _start_ns(path: Path, start_time: str | None) -> int:
-    """Return when frame 0 started (ns since the Unix epoch)."""
-    if start_time is not None:
-        try:
-            return (datetime.fromisoformat(start_time).astimezone(UTC) - EPOCH) // timedelta(microseconds=1) * 1000
-        except ValueError:
-            logger.warning("%s: start_time %r is not ISO 8601; taking the modification time", path, start_time)
-    return path.stat().st_mtime_ns
-
-
-def _metadata(file: h5py.File) -> dict[str, Any]:
-    """Return what the file holds of `NUMBERS` and `TEXTS`, in our units, and whether it is EIGER's."""
-    entry = file.get("/entry")
-    if not isinstance(entry, h5py.Group):
-        return {}
-    groups = {
-        "entry": entry,
-        "detector": _member(entry, "NXdetector", "detector", "detector_1"),
-        "beam": _member(entry, "NXbeam", "incident_beam", "beam"),
-    }
-    found: dict[str, Any] = {}
-    for name, unit, place, default in NUMBERS:
-        if name not in found and (number := _number(groups, place, unit, default)) is not None:
-            found[name] = number
-    for name, place in TEXTS:
-        if name not in found and (text := _text(groups, place)) is not None:
-            found[name] = text
-    if found.get("incident_wavelength", 0) > 0:
-        found.setdefault("incident_energy", KEV_ANGSTROM / found["incident_wavelength"])
-    if "detectorSpecific" in groups["detector"]:
-        found["is_eiger"] = True
-    return found
-
-
-def _member(entry: h5py.Group, nx_class: str, *names: str) -> Any:
-    """Return the first group of the instrument that is of the NeXus class, else has one of the names; else nothing."""
-    instrument = entry.get("instrument")
-    if not isinstance(instrument, h5py.Group):
-        return {}
-    members = {name: m for name in instrument if isinstance(m := instrument.get(name), h5py.Group)}
-    classed = [m for m in members.values() if m.attrs.get("NX_class") in (nx_class, nx_class.encode())]
-    return next(iter(classed + [members[name] for name in names if name in members]), {})
-
-
-def _text(groups: dict[str, Any], place: str) -> str | None:
-    value = _scalar(_field(groups, place))
-    return value if isinstance(value, str) else None
-
-
-def _number(groups: dict[str, Any], place: str, unit: str | None, default: str | None) -> Any:
-    """Return a number in our unit; None, with a warning, if it is not finite or in a unit we do not know."""
-    field = _field(groups, place)
-    value = _scalar(field)
-    if value is None:
-        return None
-    stated = str(_decode(field.attrs.get("units", default)))
-    if not isinstance(value, int | float) or not math.isfinite(value) or (unit and stated not in UNITS[unit]):
-        logger.warning("%s: %s is %s %s, which is left out", field.file.filename, field.name, value, stated)
-        return None
-    return value * UNITS[unit][stated] if unit and UNITS[unit][stated] != 1 else value
-
-
-def _field(groups: dict[str, Any], place: str) -> Any:
-    group, _, path = place.partition("/")
-    field = groups[group].get(path)
-    return field if isinstance(field, h5py.Dataset) and field.size == 1 else None
-
-
-def _scalar(field: Any) -> Any:
-    return None if field is None else _decode(np.ravel(field[()]).tolist()[0])
-
-
-def _decode(value: Any) -> Any:
-    return value.decode(errors="replace") if isinstance(value, bytes) else value

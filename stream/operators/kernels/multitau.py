@@ -113,7 +113,7 @@ def correlate(
             if new == 0:
                 break
             # After a gap only the first coarse frame can hold counts: more than n_row zeros behind it say nothing new.
-            needed = min(new, n_row + 2 + n)
+            needed = min(new, n_row + n)
             for t in range(rows, needed):
                 fine[n_row + t] = 0
             rows = needed
@@ -256,14 +256,14 @@ def weigh(n: int, n_new: Any, n_old: Any, delays_per_level: int, history: Any, p
     """
     n_row = 2 * delays_per_level
     n_level = history.shape[0]
-    weights = np.zeros((n_level, 2 * n_row + 2 + n), np.int64)
+    weights = np.zeros((n_level, 2 * n_row + n), np.int64)
     weights[0, n_row : n_row + n] = 1
     rows = n
     for level in range(n_level):
         new = n_new[level]
         if new == 0:
             break
-        rows = min(new, n_row + 2 + n)
+        rows = min(new, n_row + n)
         w = weights[level]
         w[:n_row] = history[level]
         first = 1 if level == 0 else delays_per_level + 1
@@ -314,7 +314,7 @@ def normalise(
     """
     n = sums.shape[0]
     n_row = 2 * delays_per_level
-    fine = np.zeros((2 * n_row + 2 + n, end - begin), np.int64)
+    fine = np.zeros((2 * n_row + n, end - begin), np.int64)
     coarse = np.zeros_like(fine)
     fine[n_row : n_row + n] = sums[:, begin:end]
     rows = n
@@ -322,7 +322,7 @@ def normalise(
         new = n_new[level]
         if new == 0:
             break
-        needed = min(new, n_row + 2 + n)
+        needed = min(new, n_row + n)
         fine[n_row + rows : n_row + needed] = 0
         rows = needed
         fine[:n_row] = history[level, :, begin:end]
