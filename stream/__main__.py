@@ -1,0 +1,721 @@
+"""The command line: what to connect with what. The only place that names concrete classes."""
+
+import importlib.metadata
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from stream.errors import ConfigError, XpcsStreamError
+
+# Only what `--help` needs is imported up here: numba, h5py, matplotlib, pint and pydantic take their time.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from stream.config import Configuration, SourceSection
+    from stream.messages import FrameBatch, RunStart
+    from stream.operators.roimap import RoiMap
+    from stream.protocols import Operator, Sink, Source
+    from stream.sinks.dectris import DectrisSink
+    from stream.sinks.faults import Faults
+    from stream.sinks.zmq import ZmqSink
+
+_log = logging.getLogger("stream")
+
+_COUNTS = ("sent", "received", "lost", "late", "duplicate", "undecodable", "stray")
+
+_UNITS = {
+    "incident_energy": "keV",
+    "detector_distance": "m",
+    "x_pixel_size": "m",
+    "y_pixel_size": "m",
+    "beam_center_x": "pixel",
+    "beam_center_y": "pixel",
+}
+
+BEHIND = 0.5
+"""Seconds behind its schedule at which a sender says that it cannot keep up."""
+
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Say what went wrong in one line, without a traceback."""
+        try:
+            return super().invoke(ctx)
+        except XpcsStreamError as error:
+            for line in str(error).splitlines():
+                typer.echo(f"xpcs-stream: {line}", err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=_Commands, no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        try:
+            typer.echo(f"xpcs-stream {importlib.metadata.version('xpcs-stream')}")
+        except importlib.metadata.PackageNotFoundError:
+            typer.echo("xpcs-stream, not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    ctx: typer.Context,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more about what happens.")] = False,
+    _version_wanted: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    r"""Live X-ray photon correlation spectroscopy: detector streams in, g2 out.
+
+    [bold]A map of q, a simulated detector, and its correlation:[/bold]
+
+    xpcs-stream qmap --shape 256x256 --beam-center-x 128 --beam-center-y 128 \
+        --detector-distance "5 m" --pixel-size "75 um" \
+        --incident-energy "11 keV" --out qmap.h5
+
+    xpcs-stream simulate --qmap qmap.h5 --to zmq+dectris://127.0.0.1:31001
+
+    xpcs-stream run --source zmq+dectris://127.0.0.1:31001 --qmap qmap.h5 \
+        --out result.h5 --runs 1
+
+    Quantities are written with their units. ADDRESS is one of
+
+    zmq+dectris://HOST:PORT    a DECTRIS detector, Stream V1 or V2
+    zmq://HOST:PORT            another xpcs-stream
+    FILE                       .h5 .hdf5 .nxs .hdf, or recorded .cbors .cbors.xz
+    """
+    # Results go to standard output, everything meant for eyes to standard error.
+    ctx.obj = console = Console(stderr=True)
+    handler = RichHandler(console=console, show_path=False) if console.is_terminal else logging.StreamHandler()
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(message)s" if console.is_terminal else "%(asctime)s %(levelname)s %(name)s: %(message)s",
+        handlers=[handler],
+        force=True,
+    )
+
+
+def _measured(unit: str) -> Any:
+    """Return the reader of an option that is given with its unit."""
+
+    def quantity_of(text: str | float) -> float:
+        from stream.units import quantity
+
+        if isinstance(text, float):  # the default
+            return text
+        try:
+            value = quantity(text, unit)
+        except ConfigError as error:
+            raise typer.BadParameter(str(error)) from None
+        if value <= 0:
+            raise typer.BadParameter(f'"{text}" is not above 0')
+        return value
+
+    return quantity_of
+
+
+Qmap = Annotated[Path, typer.Option(help="Map of pixels to q bins (HDF5: pySimpleMask, NXxpcs).", metavar="FILE")]
+To = Annotated[str, typer.Option(help="zmq+dectris://HOST:PORT or zmq://HOST:PORT to listen on.", metavar="ADDRESS")]
+StreamVersion = Annotated[Literal["1", "2"], typer.Option(help="Version of the DECTRIS stream.")]
+Unpaced = Annotated[bool, typer.Option("--as-fast-as-possible", help="Send without waiting, whatever the rate.")]
+
+
+@app.command()
+def run(
+    ctx: typer.Context,
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file, instead of the options.", show_default=False)
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="Where frames come from.", metavar="ADDRESS")] = None,
+    qmap: Annotated[str | None, typer.Option(help="Map of pixels to q bins (HDF5).", metavar="FILE")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Result file, NXxpcs; {run} in it stands for the run.", metavar="FILE")
+    ] = None,
+    publish: Annotated[str | None, typer.Option(help="Publish results at zmq://HOST:PORT.", metavar="ADDRESS")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Keep the state here, so that a restart goes on.", metavar="FILE")
+    ] = None,
+    channel: Annotated[str | None, typer.Option(help="Threshold channel of a DECTRIS stream.")] = None,
+    frame_time: Annotated[
+        str | None, typer.Option(help='Start to start of frames, for an HDF5 file that does not tell: "500 us".')
+    ] = None,
+    delays_per_level: Annotated[int | None, typer.Option(help="4 at the APS.")] = None,
+    levels: Annotated[int | None, typer.Option(help="Levels of multi-tau, 16 if not given.")] = None,
+    error: Annotated[
+        str | None, typer.Option(help="Error bars from the spread over 'static' bins, or over each 'pixel'.")
+    ] = None,
+    publish_every: Annotated[str | None, typer.Option(help='Time between interim results: "1 s".')] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads that correlate; one per core if not given.")] = None,
+    runs: Annotated[int | None, typer.Option(min=1, help="Stop after so many runs.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No live display.")] = False,
+) -> None:
+    """Correlate frames as they come. Prints the name of every result file.
+
+    xpcs-stream run --source zmq+dectris://127.0.0.1:31001 --qmap qmap.h5 --out result.h5 --runs 1
+
+    xpcs-stream run docs/run.example.yaml
+    """
+    from stream.config import check, load
+
+    given = _given(
+        {
+            "source": {"address": source, "channel": channel, "frame_time": frame_time},
+            "qmap": qmap,
+            "operators": {"multitau": {"delays_per_level": delays_per_level, "levels": levels, "error": error}},
+            "sinks": [sink for sink in (None if quiet else "console", out, publish) if sink],
+            "checkpoint": {"path": checkpoint},
+            "publish_every": publish_every,
+            "threads": threads,
+        }
+    )
+    if config is None:
+        if source is None or qmap is None:
+            raise typer.BadParameter("give a CONFIG file, or --source and --qmap")
+        configuration = check(given)
+    elif given == {"sinks": ["console"]}:
+        configuration = load(config)
+    else:
+        raise typer.BadParameter(f"{config} says what to do; beside it only --runs can be given")
+    for path in _correlate(configuration, runs, ctx.obj):
+        typer.echo(path)
+
+
+def _given(document: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is None or empty, at every depth."""
+    nested = {name: _given(value) if isinstance(value, dict) else value for name, value in document.items()}
+    return {name: value for name, value in nested.items() if value not in (None, {}, [])}
+
+
+def _correlate(configuration: "Configuration", runs: int | None, console: Console) -> list[Path]:
+    from stream.operators.intensity import Intensity
+    from stream.operators.multitau import MultiTau
+    from stream.operators.roimap import read
+    from stream.operators.scattering import Scattering
+    from stream.pipeline import Pipeline
+    from stream.sinks.hdf5 import Hdf5Sink
+
+    roimap = read(Path(configuration.qmap))
+    operators, threads, checkpoint = configuration.operators, configuration.threads, configuration.checkpoint
+
+    def make(start: "RunStart") -> list["Operator"]:
+        made: list[Operator] = [MultiTau(start, roimap, threads=threads, **operators.multitau.model_dump())]
+        if operators.scattering:
+            made.append(Scattering(start, roimap, threads=threads))
+        if operators.intensity:
+            made.append(Intensity(start, roimap, threads=threads))
+        return made
+
+    with ExitStack() as stack:
+        stop = stack.enter_context(_stopped_by_signals())
+        source = stack.enter_context(_source(configuration.source))
+        sinks = [_sink(text, configuration, roimap, console) for text in configuration.sinks]
+        for sink in sinks:
+            stack.enter_context(sink)
+        _say(f"taking frames from {configuration.source.address}")
+        Pipeline(
+            source,
+            make,
+            sinks,
+            checkpoint_path=Path(checkpoint.path) if checkpoint else None,
+            checkpoint_every=checkpoint.every if checkpoint else 30.0,
+            publish_every=configuration.publish_every,
+            runs=runs,
+            stop=stop,
+        ).run()
+    return [path for sink in sinks if isinstance(sink, Hdf5Sink) for path in sink.written]
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[threading.Event]:
+    """Yield an Event that SIGINT and SIGTERM set; a second signal ends the process at once."""
+    stop = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_signal(number: int, _: FrameType | None) -> None:
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, on_signal)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _source(section: "SourceSection") -> "Source":
+    from stream.config import address
+
+    where, options = address(section.address), section.options()
+    match where.transport:
+        case "dectris":
+            from stream.ingest.dectris import DectrisSource
+
+            return DectrisSource(where.target, **options)
+        case "zmq":
+            from stream.ingest.zmq import ZmqSource
+
+            return ZmqSource(where.target, **options)
+        case "hdf5":
+            from stream.ingest.hdf5 import Hdf5Source
+
+            if "metadata" in options:
+                options["metadata"] = Path(options["metadata"])
+            return Hdf5Source(Path(where.target), **options)
+        case "recording":
+            from stream.ingest.recording import RecordingSource
+
+            return RecordingSource(Path(where.target), **options)
+
+
+def _sink(text: str, configuration: "Configuration", roimap: "RoiMap", console: Console) -> "Sink":
+    from stream.config import address
+
+    if text == "console":
+        from stream.sinks.console import ConsoleSink
+
+        return ConsoleSink(console, q=roimap.dynamic_q.tolist())
+    where = address(text)
+    if where.transport == "zmq":
+        from stream.sinks.zmq import ZmqSink
+
+        return ZmqSink(where.target, pattern="pub")
+    from stream.sinks.hdf5 import Hdf5Sink
+
+    return Hdf5Sink(Path(where.target), qmap=roimap.arrays(), configuration=configuration.text())
+
+
+@app.command()
+def simulate(
+    qmap: Qmap,
+    to: To,
+    stream: StreamVersion = "2",
+    frames: Annotated[int, typer.Option(min=1, help="Frames of the run.")] = 10_000,
+    rate: Annotated[
+        float, typer.Option(parser=_measured("1/s"), metavar="RATE", help="Of the frames.", show_default="1 kHz")
+    ] = 1000.0,
+    as_fast_as_possible: Unpaced = False,
+    mean_counts: Annotated[float, typer.Option(help="Per pixel and frame.")] = 0.1,
+    contrast: Annotated[float, typer.Option(help="beta in g2 = 1 + beta |g1|^2, up to 1.")] = 0.2,
+    diffusion: Annotated[
+        float,
+        typer.Option(
+            parser=_measured("angstrom^2/s"),
+            metavar="D",
+            help="|g1| = exp(-D q^2 tau).",
+            show_default="1e6 angstrom^2/s",
+        ),
+    ] = 1e6,
+    stretch: Annotated[float, typer.Option(help="gamma in exp(-(D q^2 tau)^gamma), up to 1.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed, the same counts and faults.")] = 0,
+    sample: Annotated[str, typer.Option(help="Name of the sample.")] = "simulated diffusion",
+    lose: Annotated[float, typer.Option(help="Probability that a message with frames is lost ...")] = 0.0,
+    duplicate: Annotated[float, typer.Option(help="... is sent twice ...")] = 0.0,
+    reorder: Annotated[float, typer.Option(help="... is sent after the next ...")] = 0.0,
+    delay: Annotated[float, typer.Option(help="... is held up for 50 ms ...")] = 0.0,
+    truncate: Annotated[float, typer.Option(help="... is cut.")] = 0.0,
+) -> None:
+    """Send what a detector would: speckle with known dynamics. Its shape, geometry and q are those of the map.
+
+    xpcs-stream simulate --qmap qmap.h5 --to zmq+dectris://127.0.0.1:31001 --rate "1 kHz" --lose 0.01
+    """
+    import numpy as np
+
+    from stream.ingest.simulated import SimulatedSource
+    from stream.operators.roimap import read
+    from stream.sinks.faults import Faults
+
+    roimap = read(qmap)
+    arrays = roimap.arrays()
+    if not np.isfinite(roimap.dynamic_q).all():
+        raise ConfigError(f"{qmap} does not tell q of every bin")
+    rate_of_bin = diffusion * roimap.dynamic_q**2
+    geometry = {
+        "incident_energy": arrays["energy"],
+        "detector_distance": arrays["detector_distance"],
+        "beam_center_x": arrays["beam_center_x"],
+        "beam_center_y": arrays["beam_center_y"],
+        "x_pixel_size": arrays["pixel_size"],
+        "y_pixel_size": arrays["pixel_size"],
+    }
+    source = SimulatedSource(
+        rate=np.concatenate([[0.0], rate_of_bin])[roimap.dynamic_roi_map],
+        contrast=contrast,
+        stretch=stretch,
+        mean_counts=mean_counts,
+        n_frames=frames,
+        frame_time=1 / rate,
+        seed=seed,
+        masked=np.asarray(arrays["mask"]) == 0,
+        batch=_frames_at_once(rate),
+        truth_rate=rate_of_bin.tolist(),
+        metadata={name: float(value) for name, value in geometry.items() if np.isfinite(value)}
+        | {"sample": sample, "detector": "xpcs-stream simulate"},
+    )
+    faults = Faults(lose=lose, duplicate=duplicate, reorder=reorder, truncate=truncate, delay=delay, seed=seed)
+    with _stopped_by_signals() as stop, _detector(to, stream, faults) as sink:
+        _send(source, sink, stop, paced=not as_fast_as_possible, rate=rate)
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="Frames (HDF5), or recorded messages (.cbors, .cbors.xz).")],
+    to: To,
+    rate: Annotated[
+        float | None,
+        typer.Option(parser=_measured("1/s"), metavar="RATE", help='Frames: "1 kHz". As recorded if not given.'),
+    ] = None,
+    stream: StreamVersion = "2",
+    as_fast_as_possible: Unpaced = False,
+) -> None:
+    """Send the frames of a file as a detector would; recorded messages are sent byte for byte.
+
+    xpcs-stream replay frames.h5 --to zmq+dectris://127.0.0.1:31001 --rate "500 Hz"
+    """
+    from stream.config import SourceSection, address
+    from stream.sinks.dectris import DectrisSink
+    from stream.sinks.faults import Faults
+
+    paced = not as_fast_as_possible
+    with _stopped_by_signals() as stop, _detector(to, stream, Faults()) as sink:
+        if isinstance(sink, DectrisSink) and address(str(file)).transport == "recording":
+            if paced and rate is None:
+                raise ConfigError("recorded messages are sent at a --rate, or --as-fast-as-possible")
+            _send_recording(file, sink, stop, rate=rate if paced else None)
+        else:
+            with _source(SourceSection(address=str(file), batch=_frames_at_once(rate))) as source:
+                _send(source, sink, stop, paced=paced, rate=rate)
+
+
+def _frames_at_once(rate: float | None) -> int:
+    """Return how many frames go out together: those of 50 ms, so that they come as evenly as from a detector."""
+    return max(1, min(64, int((rate or 1000) / 20)))
+
+
+def _detector(to: str, stream: str, faults: "Faults") -> "DectrisSink | ZmqSink":
+    from stream.config import address
+
+    where = address(to)
+    match where.transport:
+        case "dectris":
+            from stream.sinks.dectris import DectrisSink
+
+            return DectrisSink(where.target, version=1 if stream == "1" else 2, faults=faults)
+        case "zmq":
+            from stream.sinks.zmq import ZmqSink
+
+            return ZmqSink(where.target, pattern="push", faults=faults)
+        case _:
+            raise ConfigError(f"{to}: frames are sent to zmq+dectris://HOST:PORT or zmq://HOST:PORT")
+
+
+class _Schedule:
+    """When frames are due: `n` frames are complete n / rate after the start."""
+
+    def __init__(self, rate: float | None, stop: threading.Event, *, n_ready: int = 0) -> None:
+        self._rate = rate
+        self._stop = stop
+        passed = n_ready / rate if rate else 0.0
+        self._start = time.monotonic() - passed
+        self._start_ns = time.time_ns() - round(passed * 1e9)
+        self._sent = 0
+        self._is_behind = False
+
+    def timed(self, batch: "FrameBatch") -> "FrameBatch":
+        """Return the frames as if they had been exposed when they were due."""
+        if self._rate is None:
+            return batch
+        return replace(batch, timestamp_ns=self._start_ns + round(batch.first / self._rate * 1e9))
+
+    def wait(self, n: int) -> bool:
+        """Wait until `n` frames are complete; return whether to go on."""
+        self._sent = n
+        if self._rate is not None:
+            left = self._start + n / self._rate - time.monotonic()
+            if left > 0:
+                self._stop.wait(left)
+            elif left < -BEHIND and not self._is_behind:
+                self._is_behind = True
+                _log.warning("frame %d is %.1f s behind: %g frames/s cannot be kept up", n, -left, self._rate)
+        return not self._stop.is_set()
+
+    def __str__(self) -> str:
+        seconds = time.monotonic() - self._start
+        return f"{self._sent:,} frames in {seconds:.1f} s ({self._sent / max(seconds, 1e-9):,.0f} frames/s)"
+
+
+def _send(
+    source: "Source", sink: "DectrisSink | ZmqSink", stop: threading.Event, *, paced: bool, rate: float | None
+) -> None:
+    from stream.messages import FrameBatch, Rejected, RunStart, RunStop
+
+    _say(f"waiting for a receiver at {sink.address}")
+    schedule: _Schedule | None = None
+    for message in source:
+        match message:
+            case RunStart():
+                sink.write(message)
+                schedule, pace = None, (rate or 1 / message.frame_time) if paced else None
+            case FrameBatch():
+                n = message.first + len(message.frames)
+                # The first frames may have taken long to make: what is due counts from when they are there.
+                schedule = schedule or _Schedule(pace, stop, n_ready=n)
+                if not schedule.wait(n):
+                    sink.write(RunStop(run=message.run, n_frames=message.first, exit_status="abort"))
+                    break
+                sink.write(schedule.timed(message))
+            case RunStop():
+                sink.write(message)
+                _say(f"run {message.run}: {schedule}")
+            case Rejected():
+                _log.warning("%s", message.reason)
+
+
+def _send_recording(path: Path, sink: "DectrisSink", stop: threading.Event, *, rate: float | None) -> None:
+    from stream.ingest.recording import messages
+
+    _say(f"waiting for a receiver at {sink.address}")
+    schedule: _Schedule | None = None
+    for n, parts in enumerate(messages(path)):
+        if schedule is not None and not schedule.wait(n):
+            return
+        sink.send(parts)
+        schedule = schedule or _Schedule(rate, stop)  # from when a receiver took the header
+    _say(f"{path}: {schedule}")
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+@app.command()
+def inspect(
+    what: Annotated[str, typer.Argument(metavar="FILE|ADDRESS")],
+    frames: Annotated[int, typer.Option(min=1, help="Look at so many frames at most.")] = 1000,
+) -> None:
+    """Tell what a file or a stream holds.
+
+    A stream gives each frame to one receiver only: frames looked at are missing elsewhere.
+
+    xpcs-stream inspect result.h5
+    """
+    from stream.config import SourceSection, address
+
+    where = address(what)
+    console = Console()
+    if where.transport == "hdf5" and _inspect_hdf5(Path(where.target), console):
+        return
+    with _stopped_by_signals() as stop, _source(SourceSection(address=what)) as source:
+        _inspect_frames(source, stop, frames, console)
+
+
+def _inspect_hdf5(path: Path, console: Console) -> bool:
+    """Show a result or a map; return whether the file is one of them."""
+    import h5py
+
+    from stream.operators.roimap import read
+    from stream.sinks.console import g2_table
+
+    try:
+        with h5py.File(path) as file:
+            is_result, is_map = "xpcs/multitau/normalized_g2" in file, "qmap" in file
+            multitau = file["xpcs/multitau"] if is_result else {}
+            names = {"tau": "tau", "n_pairs": "n_pairs", "g2": "normalized_g2", "g2_err": "normalized_g2_err"}
+            if is_result and not set(names.values()) <= set(multitau):
+                raise ConfigError(f"{path} is a result, but not one of xpcs-stream: it has no xpcs/multitau/tau")
+            g2 = {ours: multitau[theirs][()] for ours, theirs in names.items() if is_result}
+            facts = {"result of": str(path)} if is_result else {"map": str(path)}
+            if is_result:
+                facts |= {"run": file["entry/entry_identifier"].asstr()[()], "frames": file["xpcs/n_frames"][()]}
+                facts |= {name: file["xpcs/ledger"][name][()] for name in _COUNTS}
+    except OSError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if is_result or is_map:
+        roimap = read(path)
+        _show(console, facts | _bins(roimap))
+    if is_result:
+        console.print(g2_table(g2, roimap.dynamic_q.tolist(), console.width))
+    return is_result or is_map
+
+
+def _bins(roimap: "RoiMap") -> dict[str, object]:
+    import numpy as np
+
+    q = roimap.dynamic_q[np.isfinite(roimap.dynamic_q)]
+    return {
+        "shape": "{} x {}".format(*roimap.shape),
+        "bins": f"{roimap.n_dynamic} dynamic, {roimap.n_static} static",
+        "pixels inside": f"{np.count_nonzero(roimap.static_roi_map):,}",
+        "q": f"{q.min():.4g} to {q.max():.4g} 1/angstrom" if len(q) else "not told",
+        "digest": roimap.digest,
+    }
+
+
+def _inspect_frames(source: "Source", stop: threading.Event, limit: int, console: Console) -> None:
+    import numpy as np
+
+    from stream.ledger import Ledger
+    from stream.messages import FrameBatch, Rejected, RunStart, RunStop
+
+    start, end, ledger = None, None, Ledger()
+    for message in source:
+        match message:
+            case RunStart() if start is None:
+                start = message
+                total, masked = np.zeros(start.shape), np.ones(start.shape, np.bool_)
+                limit_of_counts = (
+                    np.iinfo(start.dtype).max if start.saturation_value is None else start.saturation_value
+                )
+            case FrameBatch() if start is not None and message.run == start.run:
+                ledger.admit(message.first, len(message.frames))
+                masked &= (message.frames > limit_of_counts).all(axis=0)
+                total += np.where(message.frames > limit_of_counts, 0, message.frames).sum(axis=0)
+            case RunStop() if start is not None and message.run == start.run:
+                ledger.close(message.n_frames)
+                end = message
+            case Rejected():
+                ledger.undecodable += 1
+                _log.warning("%s", message.reason)
+        if stop.is_set() or end is not None or ledger.received >= limit:
+            break
+    if start is None:
+        raise ConfigError("no run began there")
+    known = dict(start.metadata)
+    truth = known.pop("truth", None)
+    facts = {
+        "run": start.run,
+        "shape": "{} x {}".format(*start.shape),
+        "dtype": start.dtype,
+        "saturation value": start.saturation_value,
+        "frame time": f"{start.frame_time:g} s",
+        "count time": f"{start.count_time:g} s",
+        **{name.replace("_", " "): f"{value} {_UNITS.get(name, '')}" for name, value in known.items()},
+        **({"simulated with": truth} if truth else {}),
+        "frames looked at": ledger.received,
+        "lost": ledger.lost,
+        "undecodable": ledger.undecodable,
+        "end": end.exit_status if end else "not seen",
+    }
+    if ledger.received:
+        good = np.count_nonzero(~masked)
+        facts |= {
+            "masked pixels": f"{np.count_nonzero(masked):,}",
+            "mean counts": f"{total.sum() / max(good * ledger.received, 1):.4g} per pixel and frame",
+        }
+    _show(console, facts)
+
+
+def _show(console: Console, facts: dict[str, Any]) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", justify="right")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        text = str(value)
+        table.add_row(name, text if len(text) < 300 else text[:300] + " ...")
+    console.print(table)
+
+
+@app.command()
+def qmap(
+    shape: Annotated[str, typer.Option(help="Rows and columns of the detector: 514x1030.", metavar="ROWSxCOLUMNS")],
+    beam_center_x: Annotated[float, typer.Option(help="Column of the direct beam (pixel).")],
+    beam_center_y: Annotated[float, typer.Option(help="Row of the direct beam (pixel).")],
+    detector_distance: Annotated[float, typer.Option(parser=_measured("m"), metavar="LENGTH", help='"5 m"')],
+    pixel_size: Annotated[float, typer.Option(parser=_measured("m"), metavar="LENGTH", help='"75 um"')],
+    incident_energy: Annotated[float, typer.Option(parser=_measured("keV"), metavar="ENERGY", help='"11 keV"')],
+    out: Annotated[Path, typer.Option(help="Map file to write (HDF5, as pySimpleMask).", metavar="FILE")],
+    n_dynamic: Annotated[int, typer.Option(help="Rings that g2 is told for.")] = 9,
+    n_static: Annotated[int, typer.Option(help="Rings that g2 is normalised in; a multiple of n-dynamic.")] = 90,
+    n_phi: Annotated[int, typer.Option(help="Sectors of every ring.")] = 1,
+    q_min: Annotated[
+        float | None, typer.Option(parser=_measured("1/angstrom"), metavar="Q", help='"0.002 1/angstrom"')
+    ] = None,
+    q_max: Annotated[
+        float | None, typer.Option(parser=_measured("1/angstrom"), metavar="Q", help='"0.03 1/angstrom"')
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the map.", metavar="FILE")] = None,
+) -> None:
+    """Divide a detector into rings of equal q.
+
+    xpcs-stream qmap --shape 256x256 --beam-center-x 128 --beam-center-y 128 --detector-distance "5 m"
+    --pixel-size "75 um" --incident-energy "11 keV" --out qmap.h5
+    """
+    from stream.operators.qmap import ring_map
+    from stream.operators.roimap import write
+
+    rows, _, columns = shape.partition("x")
+    if not (rows.isdecimal() and columns.isdecimal()):
+        raise typer.BadParameter(f"shape {shape} is not ROWSxCOLUMNS, e.g. 514x1030")
+    roimap = ring_map(
+        shape=(int(rows), int(columns)),
+        beam_center_x=beam_center_x,
+        beam_center_y=beam_center_y,
+        detector_distance=detector_distance,
+        pixel_size=pixel_size,
+        incident_energy=incident_energy,
+        n_static=n_static,
+        n_dynamic=n_dynamic,
+        n_phi=n_phi,
+        q_min=q_min,
+        q_max=q_max,
+    )
+    write(out, roimap)
+    if png is not None:
+        _draw_map(roimap, png)
+    _show(Console(), {"map": out, **_bins(roimap)})
+
+
+def _draw_map(roimap: "RoiMap", png: Path) -> None:
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.subplots()
+    q = np.concatenate([[np.nan], roimap.dynamic_q])[roimap.dynamic_roi_map]
+    image = axes.imshow(q, interpolation="nearest")
+    axes.set(xlabel="column (pixel)", ylabel="row (pixel)", title=f"{roimap.n_dynamic} dynamic bins")
+    figure.colorbar(image, label="q (Å⁻¹)")
+    _save(figure, png)
+
+
+def _save(figure: "Figure", out: Path) -> None:
+    try:
+        figure.savefig(out, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{out}: {error}") from None
+
+
+@app.command()
+def show(
+    result: Annotated[Path, typer.Argument(help="Result file.")],
+    out: Annotated[Path, typer.Option(help="Picture to write (.png, .pdf, .svg).", metavar="FILE")],
+) -> None:
+    """Draw a result: g2 of every q, the mean image, scattering and intensity.
+
+    xpcs-stream show result.h5 --out g2.png
+    """
+    from stream.figure import draw
+
+    _save(draw(result), out)
+    typer.echo(out)
+
+
+if __name__ == "__main__":
+    app(prog_name="xpcs-stream")

@@ -1,0 +1,318 @@
+"""What a configuration file may say. `docs/run.example.yaml` says all of it."""
+
+import difflib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import ErrorDetails
+
+from stream.errors import ConfigError
+from stream.units import quantity
+
+Transport = Literal["dectris", "zmq", "hdf5", "recording"]
+
+_SCHEMES: dict[str, Transport] = {"zmq+dectris://": "dectris", "zmq://": "zmq"}
+_SUFFIXES: dict[str, Transport] = {
+    ".h5": "hdf5",
+    ".hdf5": "hdf5",
+    ".nxs": "hdf5",
+    ".hdf": "hdf5",
+    ".cbors": "recording",
+    ".cbors.xz": "recording",
+}
+_ADDRESSES = "zmq+dectris://HOST:PORT, zmq://HOST:PORT, or a file ({})".format(" ".join(_SUFFIXES))
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where frames or results come from or go to."""
+
+    transport: Transport
+    target: str
+    """``tcp://host:port`` or the path of a file."""
+
+
+def address(text: str) -> Address:
+    """Read ``zmq+dectris://host:port``, ``zmq://host:port``, ``file:/path.h5`` or a plain path.
+
+    Raises
+    ------
+    ConfigError
+        The scheme, the port or the suffix is none of these.
+    """
+    scheme = re.match(r"[\w+.-]+://", text)
+    if scheme and scheme[0] != "file://":
+        if scheme[0] not in _SCHEMES:
+            raise ConfigError(f'"{text}": unknown scheme {scheme[0]}; an address is {_ADDRESSES}')
+        parts = urlsplit(text)
+        try:
+            port = parts.port
+        except ValueError:
+            port = None
+        if not parts.hostname or not port or parts.path or parts.query or "@" in parts.netloc:
+            raise ConfigError(f'"{text}" must name a host and a port, e.g. "{scheme[0]}127.0.0.1:31001"')
+        return Address(_SCHEMES[scheme[0]], f"tcp://{parts.netloc}")
+    path = text.removeprefix("file:").removeprefix("//")
+    for suffix, transport in _SUFFIXES.items():
+        if path.endswith(suffix):
+            return Address(transport, path)
+    raise ConfigError(f'"{text}": an address is {_ADDRESSES}')
+
+
+def _address_of(*transports: Transport) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        try:
+            transport = address(text).transport
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if transport not in transports:
+            allowed = [name for name, known in (_SCHEMES | _SUFFIXES).items() if known in transports]
+            raise ValueError(f'"{text}" cannot be used here; {", ".join(allowed)} can')
+        return text
+
+    return check
+
+
+def _positive_seconds(text: object) -> float:
+    try:
+        value = quantity(text, "s")
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    if value <= 0:
+        raise ValueError(f'"{text}" is not above 0')
+    return value
+
+
+Seconds = Annotated[float, BeforeValidator(_positive_seconds), PlainSerializer(lambda value: f"{value!r} s")]
+File = Annotated[str, Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+_SOURCE_OPTIONS: dict[Transport, frozenset[str]] = {
+    "dectris": frozenset({"channel", "batch"}),
+    "zmq": frozenset({"bind"}),
+    "hdf5": frozenset({"batch", "metadata", "dataset", "frame_time"}),
+    "recording": frozenset({"batch", "channel"}),
+}
+
+
+class SourceSection(_Section):
+    """Where frames come from."""
+
+    address: Annotated[str, AfterValidator(_address_of("dectris", "zmq", "hdf5", "recording"))]
+    """See `stream.config.address`."""
+    batch: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """Frames handed on together."""
+    channel: str | None = None
+    """Threshold channel of a Dectris stream."""
+    bind: bool | None = None
+    """Whether this side of a ZeroMQ connection waits for the other."""
+    metadata: File | None = None
+    """Metadata file beside an HDF5 file."""
+    dataset: str | None = None
+    """Name of the frames in an HDF5 file."""
+    frame_time: Seconds | None = None
+    """Start to start of frames (s), for an HDF5 file that does not tell."""
+
+    @field_validator("batch", "channel", "bind", "metadata", "dataset", "frame_time")
+    @classmethod
+    def _belongs_to_the_address(cls, value: object, info: ValidationInfo) -> object:
+        text = info.data.get("address")
+        if text and info.field_name not in _SOURCE_OPTIONS[address(text).transport]:
+            raise ValueError(f'not an option of "{text}"')
+        return value
+
+    def options(self) -> dict[str, Any]:
+        """Return the options that were given, as the class of the source names them."""
+        given = {name: getattr(self, name) for name in self.model_fields_set - {"address"}}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class MultiTauSection(_Section):
+    """Delays and error bars of g2."""
+
+    delays_per_level: Annotated[int, Field(ge=1, le=32)] = 4
+    levels: Annotated[int, Field(ge=1, le=28)] = 16
+    error: Literal["static", "pixel"] = "static"
+    """Error bars from the spread over static bins, or over pixels as the APS does (slower, more memory)."""
+
+
+class OperatorsSection(_Section):
+    """What is computed. g2 always is."""
+
+    multitau: MultiTauSection = MultiTauSection()
+    scattering: bool = True
+    """Mean image and q profile."""
+    intensity: bool = True
+    """Mean counts against time."""
+
+
+class CheckpointSection(_Section):
+    """Where the state is kept, so that a restart goes on."""
+
+    path: File
+    every: Seconds = 30.0
+
+
+def _sink(text: str) -> str:
+    return text if text == "console" else _address_of("zmq", "hdf5")(text)
+
+
+def _some(sinks: tuple[str, ...]) -> tuple[str, ...]:
+    if not sinks:
+        raise ValueError("at least one is needed")
+    return sinks
+
+
+class Configuration(_Section):
+    """A whole configuration file."""
+
+    source: SourceSection
+    qmap: File
+    """Map of pixels to q bins (pySimpleMask, NXxpcs)."""
+    operators: OperatorsSection = OperatorsSection()
+    sinks: Annotated[tuple[Annotated[str, AfterValidator(_sink)], ...], Field(strict=False), AfterValidator(_some)] = (
+        "console",
+    )
+    """A result file (``{run}`` in its name stands for the run), ``zmq://HOST:PORT`` to publish, ``console``."""
+    checkpoint: CheckpointSection | None = None
+    publish_every: Seconds = 1.0
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Threads that correlate. None: one per core."""
+
+    def text(self) -> str:
+        """Return the file that says this, defaults included; `load` of it gives the same again."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+Place = tuple[int | str, ...]
+"""Keys and indices from the top of the document."""
+
+
+def check(document: object, where: Callable[[Place], str] = lambda _: "") -> Configuration:
+    """Check plain data, as a YAML file or the command line gives it.
+
+    Parameters
+    ----------
+    document
+        Maps, lists, strings and numbers.
+    where
+        What to put before a problem at a place of the document.
+
+    Raises
+    ------
+    ConfigError
+        All that is wrong, one problem a line.
+    """
+    try:
+        return Configuration.model_validate(document)
+    except ValidationError as error:
+        problems = [(problem["loc"], _words(problem)) for problem in error.errors(include_url=False)]
+    raise ConfigError("\n".join(f"{where(place)}{_dotted(place)}{words}" for place, words in problems))
+
+
+def load(path: Path) -> Configuration:
+    """Read a configuration file (YAML).
+
+    Raises
+    ------
+    ConfigError
+        All that is wrong with it, each as ``file:line: key: problem``.
+    """
+    try:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        _refuse_duplicates(path, root)
+        document = loader.construct_document(root) if root else {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return check(document, lambda place: f"{path}:{_line(root, place)}: ")
+
+
+def _words(problem: ErrorDetails) -> str:
+    place, value = problem["loc"], problem["input"]
+    match problem["type"]:
+        case "extra_forbidden":
+            close = difflib.get_close_matches(str(place[-1]), _keys(place[:-1]), n=1)
+            return "unknown key" + (f'; did you mean "{close[0]}"?' if close else "")
+        case "missing":
+            return "is missing"
+        case "model_type":
+            return f"{json.dumps(value, default=str)} should be a section with keys"
+        case "value_error":
+            return str(problem["ctx"]["error"])
+        case _:
+            return f"{json.dumps(value, default=str)} {problem['msg'].removeprefix('Input ')}"
+
+
+def _dotted(place: Place) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    return f"{text.removeprefix('.')}: " if text else ""
+
+
+def _keys(place: Place) -> list[str]:
+    section: type[BaseModel] = Configuration
+    for part in place:
+        annotation = section.model_fields[str(part)].annotation
+        choices = (annotation, *get_args(annotation))
+        section = next(each for each in choices if isinstance(each, type) and issubclass(each, BaseModel))
+    return list(section.model_fields)
+
+
+def _line(root: yaml.Node | None, place: Place) -> int:
+    """Return the line of a place of the document, or of what should contain it."""
+    node, line = root, 1
+    for part in place:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == str(part)]
+            if not found:
+                break
+            line, node = found[-1][0].start_mark.line + 1, found[-1][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+    return line
+
+
+def _refuse_duplicates(path: Path, root: yaml.Node | None) -> None:
+    """YAML forbids a key twice, PyYAML silently takes the last."""
+    nodes, seen = [root], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or id(node) in seen or isinstance(node, yaml.ScalarNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes.extend(node.value)
+            continue
+        keys: set[str] = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                raise ConfigError(f"{path}:{key.start_mark.line + 1}: {key.value}: stands here for the second time")
+            keys.add(str(key.value))
+            nodes.append(value)
