@@ -18,11 +18,11 @@ test: $(VENV)/installed-for-test
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(bin)/pip install --quiet --disable-pip-version-check --editable .
+	$(bin)/pip install --quiet --disable-pip-version-check --no-compile --editable .
 	touch $@
 
 $(VENV)/installed-for-test: $(VENV)/installed
-	$(bin)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(bin)/pip install --quiet --disable-pip-version-check --no-compile --editable '.[test]'
 	touch $@
 
 clean:

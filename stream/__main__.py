@@ -4,10 +4,8 @@ import importlib.metadata
 import logging
 import signal
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from stream.config import Configuration, SourceSection
-    from stream.messages import FrameBatch, RunStart
+    from stream.messages import RunStart
     from stream.operators.roimap import RoiMap
     from stream.protocols import Operator, Sink, Source
     from stream.sinks.dectris import DectrisSink
@@ -32,20 +30,6 @@ if TYPE_CHECKING:
     from stream.sinks.zmq import ZmqSink
 
 _log = logging.getLogger("stream")
-
-_COUNTS = ("sent", "received", "lost", "late", "duplicate", "undecodable", "stray")
-
-_UNITS = {
-    "incident_energy": "keV",
-    "detector_distance": "m",
-    "x_pixel_size": "m",
-    "y_pixel_size": "m",
-    "beam_center_x": "pixel",
-    "beam_center_y": "pixel",
-}
-
-BEHIND = 0.5
-"""Seconds behind its schedule at which a sender says that it cannot keep up."""
 
 
 class _Commands(typer.core.TyperGroup):
@@ -205,7 +189,7 @@ def _given(document: dict[str, Any]) -> dict[str, Any]:
 def _correlate(configuration: "Configuration", runs: int | None, console: Console) -> list[Path]:
     from stream.operators.intensity import Intensity
     from stream.operators.multitau import MultiTau
-    from stream.operators.roimap import read
+    from stream.operators.roimap_file import read
     from stream.operators.scattering import Scattering
     from stream.pipeline import Pipeline
     from stream.sinks.hdf5 import Hdf5Sink
@@ -227,7 +211,7 @@ def _correlate(configuration: "Configuration", runs: int | None, console: Consol
         sinks = [_sink(text, configuration, roimap, console) for text in configuration.sinks]
         for sink in sinks:
             stack.enter_context(sink)
-        _say(f"taking frames from {configuration.source.address}")
+        typer.echo(f"taking frames from {configuration.source.address}", err=True)
         Pipeline(
             source,
             make,
@@ -339,7 +323,8 @@ def simulate(
     import numpy as np
 
     from stream.ingest.simulated import SimulatedSource
-    from stream.operators.roimap import read
+    from stream.operators.roimap_file import read
+    from stream.sending import send
     from stream.sinks.faults import Faults
 
     roimap = read(qmap)
@@ -371,7 +356,9 @@ def simulate(
     )
     faults = Faults(lose=lose, duplicate=duplicate, reorder=reorder, truncate=truncate, delay=delay, seed=seed)
     with _stopped_by_signals() as stop, _detector(to, stream, faults) as sink:
-        _send(source, sink, stop, paced=not as_fast_as_possible, rate=rate)
+        typer.echo(f"waiting for a receiver at {sink.address}", err=True)
+        sent = send(source, sink, stop, paced=not as_fast_as_possible, rate=rate)
+    typer.echo(f"sent {sent}", err=True)
 
 
 @app.command()
@@ -390,18 +377,22 @@ def replay(
     xpcs-stream replay frames.h5 --to zmq+dectris://127.0.0.1:31001 --rate "500 Hz"
     """
     from stream.config import SourceSection, address
+    from stream.ingest.recording import messages
+    from stream.sending import send, send_recorded
     from stream.sinks.dectris import DectrisSink
     from stream.sinks.faults import Faults
 
     paced = not as_fast_as_possible
     with _stopped_by_signals() as stop, _detector(to, stream, Faults()) as sink:
+        typer.echo(f"waiting for a receiver at {sink.address}", err=True)
         if isinstance(sink, DectrisSink) and address(str(file)).transport == "recording":
             if paced and rate is None:
                 raise ConfigError("recorded messages are sent at a --rate, or --as-fast-as-possible")
-            _send_recording(file, sink, stop, rate=rate if paced else None)
+            sent = send_recorded(messages(file), sink.send, stop, rate=rate if paced else None)
         else:
             with _source(SourceSection(address=str(file), batch=_frames_at_once(rate))) as source:
-                _send(source, sink, stop, paced=paced, rate=rate)
+                sent = send(source, sink, stop, paced=paced, rate=rate)
+    typer.echo(f"sent {sent}", err=True)
 
 
 def _frames_at_once(rate: float | None) -> int:
@@ -426,85 +417,6 @@ def _detector(to: str, stream: str, faults: "Faults") -> "DectrisSink | ZmqSink"
             raise ConfigError(f"{to}: frames are sent to zmq+dectris://HOST:PORT or zmq://HOST:PORT")
 
 
-class _Schedule:
-    """When frames are due: `n` frames are complete n / rate after the start."""
-
-    def __init__(self, rate: float | None, stop: threading.Event, *, n_ready: int = 0) -> None:
-        self._rate = rate
-        self._stop = stop
-        passed = n_ready / rate if rate else 0.0
-        self._start = time.monotonic() - passed
-        self._start_ns = time.time_ns() - round(passed * 1e9)
-        self._sent = 0
-        self._is_behind = False
-
-    def timed(self, batch: "FrameBatch") -> "FrameBatch":
-        """Return the frames as if they had been exposed when they were due."""
-        if self._rate is None:
-            return batch
-        return replace(batch, timestamp_ns=self._start_ns + round(batch.first / self._rate * 1e9))
-
-    def wait(self, n: int) -> bool:
-        """Wait until `n` frames are complete; return whether to go on."""
-        self._sent = n
-        if self._rate is not None:
-            left = self._start + n / self._rate - time.monotonic()
-            if left > 0:
-                self._stop.wait(left)
-            elif left < -BEHIND and not self._is_behind:
-                self._is_behind = True
-                _log.warning("frame %d is %.1f s behind: %g frames/s cannot be kept up", n, -left, self._rate)
-        return not self._stop.is_set()
-
-    def __str__(self) -> str:
-        seconds = time.monotonic() - self._start
-        return f"{self._sent:,} frames in {seconds:.1f} s ({self._sent / max(seconds, 1e-9):,.0f} frames/s)"
-
-
-def _send(
-    source: "Source", sink: "DectrisSink | ZmqSink", stop: threading.Event, *, paced: bool, rate: float | None
-) -> None:
-    from stream.messages import FrameBatch, Rejected, RunStart, RunStop
-
-    _say(f"waiting for a receiver at {sink.address}")
-    schedule: _Schedule | None = None
-    for message in source:
-        match message:
-            case RunStart():
-                sink.write(message)
-                schedule, pace = None, (rate or 1 / message.frame_time) if paced else None
-            case FrameBatch():
-                n = message.first + len(message.frames)
-                # The first frames may have taken long to make: what is due counts from when they are there.
-                schedule = schedule or _Schedule(pace, stop, n_ready=n)
-                if not schedule.wait(n):
-                    sink.write(RunStop(run=message.run, n_frames=message.first, exit_status="abort"))
-                    break
-                sink.write(schedule.timed(message))
-            case RunStop():
-                sink.write(message)
-                _say(f"run {message.run}: {schedule}")
-            case Rejected():
-                _log.warning("%s", message.reason)
-
-
-def _send_recording(path: Path, sink: "DectrisSink", stop: threading.Event, *, rate: float | None) -> None:
-    from stream.ingest.recording import messages
-
-    _say(f"waiting for a receiver at {sink.address}")
-    schedule: _Schedule | None = None
-    for n, parts in enumerate(messages(path)):
-        if schedule is not None and not schedule.wait(n):
-            return
-        sink.send(parts)
-        schedule = schedule or _Schedule(rate, stop)  # from when a receiver took the header
-    _say(f"{path}: {schedule}")
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
-
-
 @app.command()
 def inspect(
     what: Annotated[str, typer.Argument(metavar="FILE|ADDRESS")],
@@ -516,113 +428,28 @@ def inspect(
 
     xpcs-stream inspect result.h5
     """
+    from stream import inspection
     from stream.config import SourceSection, address
+    from stream.operators.roimap_file import read
+    from stream.sinks.console import g2_table
 
     where = address(what)
     console = Console()
-    if where.transport == "hdf5" and _inspect_hdf5(Path(where.target), console):
+    kind = inspection.kind(Path(where.target)) if where.transport == "hdf5" else "frames"
+    if kind == "frames":
+        with _stopped_by_signals() as stop, _source(SourceSection(address=what)) as source:
+            _show(console, inspection.of_frames(source, stop, frames))
         return
-    with _stopped_by_signals() as stop, _source(SourceSection(address=what)) as source:
-        _inspect_frames(source, stop, frames, console)
+    roimap = read(Path(where.target))
+    if kind == "map":
+        _show(console, {"map": what, **inspection.of_map(roimap)})
+        return
+    facts, g2 = inspection.of_result(Path(where.target))
+    _show(console, {"result": what, **facts, **inspection.of_map(roimap)})
+    console.print(g2_table(g2, roimap.dynamic_q.tolist(), console.width))
 
 
-def _inspect_hdf5(path: Path, console: Console) -> bool:
-    """Show a result or a map; return whether the file is one of them."""
-    import h5py
-
-    from stream.operators.roimap import read
-    from stream.sinks.console import g2_table
-
-    try:
-        with h5py.File(path) as file:
-            is_result, is_map = "xpcs/multitau/normalized_g2" in file, "qmap" in file
-            multitau = file["xpcs/multitau"] if is_result else {}
-            names = {"tau": "tau", "n_pairs": "n_pairs", "g2": "normalized_g2", "g2_err": "normalized_g2_err"}
-            if is_result and not set(names.values()) <= set(multitau):
-                raise ConfigError(f"{path} is a result, but not one of xpcs-stream: it has no xpcs/multitau/tau")
-            g2 = {ours: multitau[theirs][()] for ours, theirs in names.items() if is_result}
-            facts = {"result of": str(path)} if is_result else {"map": str(path)}
-            if is_result:
-                facts |= {"run": file["entry/entry_identifier"].asstr()[()], "frames": file["xpcs/n_frames"][()]}
-                facts |= {name: file["xpcs/ledger"][name][()] for name in _COUNTS}
-    except OSError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if is_result or is_map:
-        roimap = read(path)
-        _show(console, facts | _bins(roimap))
-    if is_result:
-        console.print(g2_table(g2, roimap.dynamic_q.tolist(), console.width))
-    return is_result or is_map
-
-
-def _bins(roimap: "RoiMap") -> dict[str, object]:
-    import numpy as np
-
-    q = roimap.dynamic_q[np.isfinite(roimap.dynamic_q)]
-    return {
-        "shape": "{} x {}".format(*roimap.shape),
-        "bins": f"{roimap.n_dynamic} dynamic, {roimap.n_static} static",
-        "pixels inside": f"{np.count_nonzero(roimap.static_roi_map):,}",
-        "q": f"{q.min():.4g} to {q.max():.4g} 1/angstrom" if len(q) else "not told",
-        "digest": roimap.digest,
-    }
-
-
-def _inspect_frames(source: "Source", stop: threading.Event, limit: int, console: Console) -> None:
-    import numpy as np
-
-    from stream.ledger import Ledger
-    from stream.messages import FrameBatch, Rejected, RunStart, RunStop
-
-    start, end, ledger = None, None, Ledger()
-    for message in source:
-        match message:
-            case RunStart() if start is None:
-                start = message
-                total, masked = np.zeros(start.shape), np.ones(start.shape, np.bool_)
-                limit_of_counts = (
-                    np.iinfo(start.dtype).max if start.saturation_value is None else start.saturation_value
-                )
-            case FrameBatch() if start is not None and message.run == start.run:
-                ledger.admit(message.first, len(message.frames))
-                masked &= (message.frames > limit_of_counts).all(axis=0)
-                total += np.where(message.frames > limit_of_counts, 0, message.frames).sum(axis=0)
-            case RunStop() if start is not None and message.run == start.run:
-                ledger.close(message.n_frames)
-                end = message
-            case Rejected():
-                ledger.undecodable += 1
-                _log.warning("%s", message.reason)
-        if stop.is_set() or end is not None or ledger.received >= limit:
-            break
-    if start is None:
-        raise ConfigError("no run began there")
-    known = dict(start.metadata)
-    truth = known.pop("truth", None)
-    facts = {
-        "run": start.run,
-        "shape": "{} x {}".format(*start.shape),
-        "dtype": start.dtype,
-        "saturation value": start.saturation_value,
-        "frame time": f"{start.frame_time:g} s",
-        "count time": f"{start.count_time:g} s",
-        **{name.replace("_", " "): f"{value} {_UNITS.get(name, '')}" for name, value in known.items()},
-        **({"simulated with": truth} if truth else {}),
-        "frames looked at": ledger.received,
-        "lost": ledger.lost,
-        "undecodable": ledger.undecodable,
-        "end": end.exit_status if end else "not seen",
-    }
-    if ledger.received:
-        good = np.count_nonzero(~masked)
-        facts |= {
-            "masked pixels": f"{np.count_nonzero(masked):,}",
-            "mean counts": f"{total.sum() / max(good * ledger.received, 1):.4g} per pixel and frame",
-        }
-    _show(console, facts)
-
-
-def _show(console: Console, facts: dict[str, Any]) -> None:
+def _show(console: Console, facts: Mapping[str, object]) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", justify="right")
     table.add_column(overflow="fold")
@@ -641,6 +468,10 @@ def qmap(
     pixel_size: Annotated[float, typer.Option(parser=_measured("m"), metavar="LENGTH", help='"75 um"')],
     incident_energy: Annotated[float, typer.Option(parser=_measured("keV"), metavar="ENERGY", help='"11 keV"')],
     out: Annotated[Path, typer.Option(help="Map file to write (HDF5, as pySimpleMask).", metavar="FILE")],
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="Pixels to use: .npy (0 = not), or the mask or pixel_mask of an HDF5 file.", metavar="FILE"),
+    ] = None,
     n_dynamic: Annotated[int, typer.Option(help="Rings that g2 is told for.")] = 9,
     n_static: Annotated[int, typer.Option(help="Rings that g2 is normalised in; a multiple of n-dynamic.")] = 90,
     n_phi: Annotated[int, typer.Option(help="Sectors of every ring.")] = 1,
@@ -657,8 +488,9 @@ def qmap(
     xpcs-stream qmap --shape 256x256 --beam-center-x 128 --beam-center-y 128 --detector-distance "5 m"
     --pixel-size "75 um" --incident-energy "11 keV" --out qmap.h5
     """
+    from stream.inspection import of_map
     from stream.operators.qmap import ring_map
-    from stream.operators.roimap import write
+    from stream.operators.roimap_file import read_mask, write
 
     rows, _, columns = shape.partition("x")
     if not (rows.isdecimal() and columns.isdecimal()):
@@ -670,6 +502,7 @@ def qmap(
         detector_distance=detector_distance,
         pixel_size=pixel_size,
         incident_energy=incident_energy,
+        mask=None if mask is None else read_mask(mask),
         n_static=n_static,
         n_dynamic=n_dynamic,
         n_phi=n_phi,
@@ -678,21 +511,10 @@ def qmap(
     )
     write(out, roimap)
     if png is not None:
-        _draw_map(roimap, png)
-    _show(Console(), {"map": out, **_bins(roimap)})
+        from stream.figure import draw_map
 
-
-def _draw_map(roimap: "RoiMap", png: Path) -> None:
-    import numpy as np
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    axes = figure.subplots()
-    q = np.concatenate([[np.nan], roimap.dynamic_q])[roimap.dynamic_roi_map]
-    image = axes.imshow(q, interpolation="nearest")
-    axes.set(xlabel="column (pixel)", ylabel="row (pixel)", title=f"{roimap.n_dynamic} dynamic bins")
-    figure.colorbar(image, label="q (Å⁻¹)")
-    _save(figure, png)
+        _save(draw_map(roimap), png)
+    _show(Console(), {"map": out, **of_map(roimap)})
 
 
 def _save(figure: "Figure", out: Path) -> None:

@@ -18,6 +18,7 @@ from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 
 from stream.errors import ConfigError
+from stream.operators.roimap import RoiMap
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,17 @@ class _Axis:
     def at(self, index: int) -> str:
         space = "" if self.unit == "°" else " "
         return f"{self.name} = {self.values[index]:.4g}{space}{self.unit}"
+
+
+def draw_map(roimap: RoiMap) -> Figure:
+    """Draw which q each pixel belongs to."""
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.subplots()
+    q = np.concatenate([[np.nan], roimap.dynamic_q])[roimap.dynamic_roi_map]
+    image = axes.imshow(q, interpolation="nearest")
+    axes.set(xlabel="column (pixel)", ylabel="row (pixel)", title=f"{roimap.n_dynamic} dynamic bins")
+    figure.colorbar(image, label="q (Å⁻¹)")
+    return figure
 
 
 def draw(path: Path) -> Figure:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from stream.__main__ import app
 from stream.config import load
-from stream.operators.roimap import read
+from stream.operators.roimap_file import read
 
 ROOT = Path(__file__).parents[1]
 DEADLINE = 120

@@ -145,7 +145,8 @@ def test_a_large_image_is_drawn_as_means_over_blocks_that_leave_out_masked_pixel
     start, multitau, scattering, *rest = make_outputs(make_qmap())
     image = np.kron(scattering.arrays["image"], np.ones((30, 30)))
     image[::2] = np.nan
-    outputs = [start, multitau, replace(scattering, arrays={**scattering.arrays, "image": image}), *rest]
+    scattered = replace(scattering, arrays={**scattering.arrays, "image": image})
+    outputs = [replace(start, shape=image.shape), multitau, scattered, *rest]
     figure = draw(write_run(tmp_path / "result.h5", qmap, outputs))
     shown = titled(figure, "mean counts per pixel and frame, bins").get_images()[0]
     means = np.kron(scattering.arrays["image"], np.ones((10, 10)))

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stream.errors import ConfigError, SourceError
+from stream.ingest.dectris import DectrisDecoder
 from stream.ingest.hdf5 import Hdf5Source
 from stream.messages import FrameBatch, Rejected, RunStart, RunStop
+from tests import dectris_hostile as dectris
 
 FRAMES = np.random.default_rng(7).poisson(3, (23, 6, 5)).astype("<u2")
 BSLZ4 = hdf5plugin.Bitshuffle(cname="lz4")
@@ -313,20 +315,26 @@ def test_a_missing_file_of_a_virtual_dataset_is_named_rather_than_read_as_zeros(
         ("<u2", {}, None),
         ("<u2", {"saturation_value": 5000}, 5000),
         ("<u4", {"saturation_value": 2943293.0}, 2943293),
-        ("<u2", {"saturation_value": 65535}, None),
+        ("<u2", {"saturation_value": 65534}, 65534),
+        ("<u2", {"saturation_value": 65535}, 65534),
+        ("<u2", {"saturation_value": 2**32 - 1}, 65534),
         ("<u2", {"saturation_value": -1}, None),
         ("<u2", {"saturation_value": 12.5}, None),
         ("<u2", {"detectorSpecific/nimages": 23}, 65534),
         ("<u4", {"detectorSpecific/nimages": 23}, 2**32 - 2),
         ("<u4", {"detectorSpecific/nimages": 23, "bit_depth_image": 16}, 65534),
         ("<u4", {"detectorSpecific/nimages": 23, "bit_depth_image": 10**9}, 2**32 - 2),
-        ("<u4", {"detectorSpecific/nimages": 23, "saturation_value": 2943293}, 2943293),
+        ("<u4", {"detectorSpecific/nimages": 23, "saturation_value": 2943293}, 2**32 - 2),
+        ("<i4", {"detectorSpecific/nimages": 23, "saturation_value": 2943293}, 2**31 - 1),
         ("<i4", {}, 2**31 - 1),
         (">i2", {}, 2**15 - 1),
         ("<i4", {"saturation_value": 10**6}, 10**6),
+        ("<i4", {"saturation_value": 2**31 - 1}, 2**31 - 1),
     ],
 )
-def test_the_largest_count_is_the_stated_one_or_that_of_the_detector(tmp_path, dtype, fields, expected):
+def test_the_largest_count_is_the_stated_one_except_of_an_eiger_whose_marks_are_above_all_counts(
+    tmp_path, dtype, fields, expected
+):
     fields = [(f"entry/instrument/detector/{name}", value) for name, value in fields.items()]
     path = write(tmp_path / "x.h5", FRAMES.astype(dtype), fields)
     assert start(path, frame_time=1).saturation_value == expected
@@ -344,6 +352,84 @@ def test_negative_pixels_are_above_the_largest_count_and_the_others_unchanged(tm
     bad = found > start(path).saturation_value
     np.testing.assert_array_equal(bad, frames < 0)
     np.testing.assert_array_equal(found[~bad], frames[~bad])
+
+
+MASK = np.zeros((6, 5), "<u4")
+MASK[1, 2], MASK[5, 4] = 1, 2**31
+MASK_AT = "entry/instrument/detector/detectorSpecific/pixel_mask"
+APPLIED_AT = "entry/instrument/detector/pixel_mask_applied"
+
+
+def write_masked(path, dtype="<u2", mask=MASK, mask_at=MASK_AT, applied=0, **storage):
+    fields = [("entry/instrument/detector/detectorSpecific/nimages", 23)]
+    fields += [("entry/instrument/detector/frame_time", 0.01), ("entry/instrument/detector/count_time", 0.009)]
+    fields += [] if mask is None else [(mask_at, mask)]
+    fields += [] if applied is None else [(APPLIED_AT, applied)]
+    return write(path, FRAMES.astype(dtype), fields, **storage)
+
+
+@pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
+@pytest.mark.parametrize("dtype", ["|u1", "<u2", ">u4"])
+@pytest.mark.parametrize("mask_at", [MASK_AT, "entry/instrument/detector/pixel_mask"])
+def test_pixels_that_an_eiger_left_to_us_to_mask_have_the_largest_value_in_each_frame(
+    tmp_path, storage, dtype, mask_at
+):
+    path = write_masked(tmp_path / "x.h5", dtype, mask_at=mask_at, **storage)
+    found = frames_of(path, batch=4)
+    assert (found[:, MASK != 0] == np.iinfo(dtype).max).all()
+    np.testing.assert_array_equal(found[:, MASK == 0], FRAMES[:, MASK == 0])
+    np.testing.assert_array_equal(found > start(path).saturation_value, np.broadcast_to(MASK != 0, FRAMES.shape))
+
+
+@pytest.mark.parametrize(("applied", "is_ours"), [(0, True), (False, True), (None, True), (1, False), (True, False)])
+def test_a_mask_is_ours_to_apply_unless_the_eiger_says_that_it_did(tmp_path, applied, is_ours):
+    found = frames_of(write_masked(tmp_path / "x.h5", applied=applied))
+    assert np.array_equal(found, FRAMES) is not is_ours
+
+
+def test_an_eiger_without_a_mask_has_its_frames_unchanged(tmp_path):
+    np.testing.assert_array_equal(frames_of(write_masked(tmp_path / "x.h5", mask=None)), FRAMES)
+
+
+def test_a_mask_in_a_file_that_is_not_an_eigers_is_not_applied(tmp_path):
+    path = write_masked(tmp_path / "x.h5", mask_at="entry/instrument/detector/pixel_mask")
+    with h5py.File(path, "r+") as file:
+        del file["entry/instrument/detector/detectorSpecific"]
+    np.testing.assert_array_equal(frames_of(path), FRAMES)
+
+
+@pytest.mark.parametrize(
+    "mask", [np.ones((5, 6), "<u4"), np.ones((6, 5)), np.ones((2, 6, 5), "<u4"), 1, h5py.Empty("u4")]
+)
+def test_a_mask_that_does_not_fit_the_frames_is_not_applied_and_that_is_said(tmp_path, mask, caplog):
+    path = write_masked(tmp_path / "x.h5", mask=mask)
+    np.testing.assert_array_equal(frames_of(path), FRAMES)
+    assert "does not fit frames (6, 5): not applied" in caplog.text
+
+
+@pytest.mark.parametrize("applied", [False, True])
+@pytest.mark.parametrize("cutoff", [3, 65535])
+def test_a_run_read_from_its_master_file_is_as_its_stream_was(tmp_path, applied, cutoff):
+    counts = np.array([[1, 2, 3], [4, 65535, 0]], "<u2")
+    mask = np.array([[0, 0, 8], [1, 0, 0]], "<u4")
+    described = dectris.encode({"htype": "dpixelmask-1.0", "shape": [3, 2], "type": "uint32"})
+    flat = dectris.encode({"htype": "dflatfield-1.0", "shape": [3, 2], "type": "float32"})
+    header = dectris.v1_header(pixel_mask_applied=applied, countrate_correction_count_cutoff=cutoff)
+    decoder = DectrisDecoder()
+    live = list(decoder.feed([*header, flat, bytes(24), described, mask.tobytes()]))
+    live += [*decoder.feed(dectris.v1_image(counts.tobytes())), *decoder.idle()]
+    path = write_masked(tmp_path / "x.h5", mask=mask, applied=applied)
+    with h5py.File(path, "r+") as file:
+        file["entry/instrument/detector/saturation_value"] = cutoff
+        del file["entry/data/data"]
+        file["entry/data/data"] = counts[None]
+    with Hdf5Source(path) as source:
+        offline = [m for m in source if not isinstance(m, RunStop)]
+    for from_stream, from_file in zip(live, offline, strict=True):
+        assert type(from_stream) is type(from_file)
+    names = ("shape", "dtype", "saturation_value", "frame_time", "count_time")
+    assert [getattr(live[0], n) for n in names] == [getattr(offline[0], n) for n in names]
+    np.testing.assert_array_equal(live[1].frames, offline[1].frames)
 
 
 # When

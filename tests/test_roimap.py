@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from stream.errors import RoiMapError
-from stream.operators import roimap
+from stream.operators import roimap_file
 from stream.operators.roimap import RoiMap
 
 AEROGEL = Path(__file__).parents[2] / "shared" / "data" / "aps8idi_aerogel_result.nxs"
@@ -61,13 +61,13 @@ def assert_same(one, other):
 
 def refused(path, message):
     with pytest.raises(RoiMapError, match=message) as caught:
-        roimap.read(path)
+        roimap_file.read(path)
     assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("group", ["qmap", "xpcs/qmap"])
 def test_a_pysimplemask_file_is_read_as_it_is(tmp_path, group):
-    read = roimap.read(pysimplemask_file(tmp_path / "q.h5", group))
+    read = roimap_file.read(pysimplemask_file(tmp_path / "q.h5", group))
     assert read.static_roi_map.tolist() == STATIC.tolist()
     assert read.static_roi_map.dtype == read.dynamic_roi_map.dtype == np.int32
     assert (read.n_static, read.n_dynamic, read.shape) == (4, 3, (2, 4))
@@ -82,15 +82,15 @@ def test_a_pysimplemask_file_is_read_as_it_is(tmp_path, group):
 
 
 def test_what_is_written_is_what_is_read(tmp_path):
-    read = roimap.read(pysimplemask_file(tmp_path / "q.h5"))
-    roimap.write(tmp_path / "again.h5", read)
-    again = roimap.read(tmp_path / "again.h5")
+    read = roimap_file.read(pysimplemask_file(tmp_path / "q.h5"))
+    roimap_file.write(tmp_path / "again.h5", read)
+    again = roimap_file.read(tmp_path / "again.h5")
     assert again.digest == read.digest
     assert_same(again, read)
 
 
 def test_a_written_file_is_laid_out_as_pysimplemask_does(tmp_path):
-    roimap.write(tmp_path / "q.h5", roimap.read(pysimplemask_file(tmp_path / "given.h5")))
+    roimap_file.write(tmp_path / "q.h5", roimap_file.read(pysimplemask_file(tmp_path / "given.h5")))
     with h5py.File(tmp_path / "q.h5") as file, h5py.File(tmp_path / "given.h5") as given:
         assert file["qmap"].keys() == given["qmap"].keys()
         for name, dataset in given["qmap"].items():
@@ -102,20 +102,20 @@ def test_a_written_file_is_laid_out_as_pysimplemask_does(tmp_path):
 
 def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
     path = pysimplemask_file(tmp_path / "q.h5")
-    roimap.write(path, RoiMap(static_roi_map=STATIC, dynamic_roi_map=DYNAMIC))
-    assert roimap.read(path).n_dynamic == 2
+    roimap_file.write(path, RoiMap(static_roi_map=STATIC, dynamic_roi_map=DYNAMIC))
+    assert roimap_file.read(path).n_dynamic == 2
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(RoiMapError, match="nowhere"):
-        roimap.write(tmp_path / "nowhere" / "q.h5", RoiMap(static_roi_map=STATIC, dynamic_roi_map=DYNAMIC))
+        roimap_file.write(tmp_path / "nowhere" / "q.h5", RoiMap(static_roi_map=STATIC, dynamic_roi_map=DYNAMIC))
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path):
     (tmp_path / "q.h5").mkdir()
     with pytest.raises(RoiMapError, match="cannot be written"):
-        roimap.write(tmp_path / "q.h5", RoiMap(static_roi_map=STATIC, dynamic_roi_map=DYNAMIC))
+        roimap_file.write(tmp_path / "q.h5", RoiMap(static_roi_map=STATIC, dynamic_roi_map=DYNAMIC))
     assert [path.name for path in tmp_path.iterdir()] == ["q.h5"]
 
 
@@ -129,7 +129,7 @@ def test_nxxpcs_masks_are_read(tmp_path):
         dynamic_phi_list=[-45.0, 45.0],
         static_q_list=[0.01, 0.02, 0.03, 0.04],
     )
-    read = roimap.read(path)
+    read = roimap_file.read(path)
     assert read.dynamic_q.tolist() == [0.01, 0.03]
     assert read.dynamic_phi.tolist() == [-45, 45]
     assert read.static_q.tolist() == [0.01, 0.02, 0.03, 0.04]
@@ -140,14 +140,14 @@ def test_older_aps_files_are_read(tmp_path):
     path = map_file(
         tmp_path / "old.hdf", "xpcs", dqmap=DYNAMIC, sqmap=STATIC, dqlist=[[0.01, 0.03]], dphilist=[[0.0, 0.0]]
     )
-    read = roimap.read(path)
+    read = roimap_file.read(path)
     assert read.dynamic_q.tolist() == [0.01, 0.03]
     assert np.isnan(read.static_q).all()
 
 
 @pytest.mark.skipif(not AEROGEL.exists(), reason=f"no {AEROGEL}")
 def test_a_result_of_aps_8_id_i_is_read():
-    read = roimap.read(AEROGEL)
+    read = roimap_file.read(AEROGEL)
     assert read.shape == (516, 1556)
     assert read.n_static == read.n_dynamic == 27
     assert np.array_equal(read.static_roi_map, read.dynamic_roi_map)
@@ -157,7 +157,7 @@ def test_a_result_of_aps_8_id_i_is_read():
 
 
 def test_static_bins_are_the_dynamic_bins_if_there_is_no_static_map(tmp_path):
-    read = roimap.read(pysimplemask_file(tmp_path / "q.h5", static_roi_map=None))
+    read = roimap_file.read(pysimplemask_file(tmp_path / "q.h5", static_roi_map=None))
     assert np.array_equal(read.static_roi_map, read.dynamic_roi_map)
     assert read.dynamic_of_static.tolist() == [1, 2, 3]
     assert read.static_q.tolist() == read.dynamic_q.tolist()
@@ -166,7 +166,7 @@ def test_static_bins_are_the_dynamic_bins_if_there_is_no_static_map(tmp_path):
 def test_masked_pixels_are_outside_and_their_bin_keeps_its_number(tmp_path):
     mask = STATIC > 0
     mask[1, 1] = False
-    read = roimap.read(pysimplemask_file(tmp_path / "q.h5", mask=mask.astype(np.uint8)))
+    read = roimap_file.read(pysimplemask_file(tmp_path / "q.h5", mask=mask.astype(np.uint8)))
     assert read.static_roi_map.tolist() == [[0, 1, 1, 2], [0, 0, 2, 4]]
     assert read.n_static == 4
     assert read.dynamic_of_static.tolist() == [1, 2, 0, 3]
@@ -205,7 +205,7 @@ def test_pixels_come_bin_after_bin():
 
 
 def test_a_part_keeps_the_numbers_and_the_number_of_bins(tmp_path):
-    whole = roimap.read(pysimplemask_file(tmp_path / "q.h5"))
+    whole = roimap_file.read(pysimplemask_file(tmp_path / "q.h5"))
     part = whole.crop((1, 1), (1, 3))
     assert part.static_roi_map.tolist() == [[3, 2, 4]]
     assert (part.n_static, part.n_dynamic) == (whole.n_static, whole.n_dynamic)
@@ -217,7 +217,7 @@ def test_a_part_keeps_the_numbers_and_the_number_of_bins(tmp_path):
 
 
 def test_the_whole_as_a_part_is_the_same(tmp_path):
-    whole = roimap.read(pysimplemask_file(tmp_path / "q.h5"))
+    whole = roimap_file.read(pysimplemask_file(tmp_path / "q.h5"))
     assert_same(whole.crop((0, 0), whole.shape), whole)
 
 
@@ -296,3 +296,27 @@ def test_a_truncated_file_is_refused(tmp_path):
     path = pysimplemask_file(tmp_path / "q.h5")
     path.write_bytes(path.read_bytes()[:3000])
     refused(path, "cannot be read")
+
+
+@pytest.mark.parametrize("name", ["mask", "qmap/mask", "xpcs/qmap/mask"])
+def test_a_mask_is_read_where_0_is_bad(tmp_path, name):
+    mask = np.array([[0, 1], [2, 0]])
+    with h5py.File(tmp_path / "mask.h5", "w") as file:
+        file[name] = mask
+    np.save(tmp_path / "mask.npy", mask)
+    for path in (tmp_path / "mask.h5", tmp_path / "mask.npy"):
+        assert roimap_file.read_mask(path).tolist() == [[False, True], [True, False]]
+
+
+def test_a_detectors_pixel_mask_is_read_where_0_is_good(tmp_path):
+    with h5py.File(tmp_path / "master.h5", "w") as file:
+        file["entry/instrument/detector/detectorSpecific/pixel_mask"] = [[0, 1], [8, 0]]
+    assert roimap_file.read_mask(tmp_path / "master.h5").tolist() == [[True, False], [False, True]]
+
+
+@pytest.mark.parametrize("name", ["nothing.h5", "nothing.npy", "text.npy", "empty.h5"])
+def test_a_file_without_a_mask_is_named(tmp_path, name):
+    (tmp_path / "text.npy").write_text("mask")
+    h5py.File(tmp_path / "empty.h5", "w").close()
+    with pytest.raises(RoiMapError, match=name):
+        roimap_file.read_mask(tmp_path / name)

@@ -427,6 +427,7 @@ except SinkError as error:
 def test_a_region_stands_in_the_whole_detector_where_it_was_measured(tmp_path):
     qmap = make_qmap()
     start, multitau, scattering, *rest = make_outputs(qmap)
+    start = replace(start, shape=(10, 64), origin=(20, 0), detector_shape=SHAPE)
     part = {**scattering.arrays, "image": np.full((10, 64), 7.0), "origin": np.array([20, 0])}
     outputs = [start, multitau, replace(scattering, arrays=part), *rest]
     with h5py.File(write_run(tmp_path / "result.h5", qmap, outputs)) as file:
@@ -544,6 +545,13 @@ def test_a_result_that_does_not_fit_the_map_is_an_error(tmp_path):
     outputs = make_outputs(make_qmap(n_dynamic=3))
     with pytest.raises(SinkError, match=r"result 'multitau': g2: \(3,\) does not fit the map's \(4,\)"):
         write_run(tmp_path / "result.h5", make_qmap(), outputs)
+
+
+@pytest.mark.parametrize("detector", [{"shape": (9, 64)}, {"detector_shape": (2**31, 2**31)}])
+def test_a_detector_that_does_not_fit_the_map_is_an_error(tmp_path, detector):
+    start, *rest = make_outputs(make_qmap())
+    with pytest.raises(SinkError, match=r"run run-1: detector: \(.*\) does not fit the map's \(48, 64\)"):
+        write_run(tmp_path / "result.h5", outputs=[replace(start, **detector), *rest])
 
 
 def test_a_result_that_lacks_an_array_is_an_error(tmp_path):

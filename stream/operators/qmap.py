@@ -77,18 +77,18 @@ def ring_map(
     }
     _check_geometry(geometry)
     _check_bins(shape, n_static, n_dynamic, n_phi)
-    inside = np.ones(shape, np.bool_) if mask is None else np.asarray(mask, np.bool_)
-    if inside.shape != tuple(shape):
-        raise ConfigError(f"mask is {inside.shape}, the detector is {shape}")
-    if not inside.any():
+    used = np.ones(shape, np.bool_) if mask is None else np.asarray(mask, np.bool_)
+    if used.shape != tuple(shape):
+        raise ConfigError(f"mask is {used.shape}, the detector is {shape}")
+    if not used.any():
         raise RoiMapError("the mask leaves no pixel")
 
     q, phi = _q_and_phi(shape, **geometry)
-    low = float(q[inside].min()) if q_min is None else q_min
-    high = float(q[inside].max()) if q_max is None else q_max
+    low = float(q[used].min()) if q_min is None else q_min
+    high = float(q[used].max()) if q_max is None else q_max
     if not (isfinite(low) and isfinite(high) and 0 <= low < high):
         raise ConfigError(f"q from {low} to {high} 1/angstrom is no range")
-    inside &= (q >= low) & (q <= high)
+    inside = used & (q >= low) & (q <= high)
     if not inside.any():
         raise RoiMapError(
             f"no pixel in use has q from {low} to {high} 1/angstrom; the detector has {q.min()} to {q.max()}"
@@ -98,7 +98,7 @@ def ring_map(
     sector = ((phi[inside] + 180) / 360 * n_phi).astype(np.int64) % n_phi
     maps = {}
     qmap = {
-        "mask": inside,
+        "mask": used,
         "map_names": ["q", "phi"],
         "map_units": ["Å⁻¹", "deg"],
         "beam_center_x": beam_center_x,
