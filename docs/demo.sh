@@ -8,7 +8,7 @@ xpcs-stream qmap --shape 128x256 --beam-center-x 128 --beam-center-y 140 --detec
     --pixel-size "75 um" --incident-energy "11 keV" --n-dynamic 6 --n-static 120 --out demo/qmap.h5
 
 xpcs-stream simulate --qmap demo/qmap.h5 --to $address --frames 10000 --rate "500 Hz" --mean-counts 0.5 \
-    --diffusion "1e6 angstrom^2/s" --lose 0.001 &
+    --diffusion "4e5 angstrom^2/s" --lose 0.001 &
 detector=$!
 trap 'kill $detector 2>/dev/null || true' EXIT
 
