@@ -377,7 +377,7 @@ def test_the_file_of_another_run_is_never_overwritten(tmp_path, caplog):
         second = write_run(path, outputs=make_outputs(make_qmap(), run="new"))
     assert path.read_bytes() == before
     assert second == tmp_path / "result_new.h5"
-    assert f"{path} is kept: it belongs to old" in caplog.text
+    assert f"{path} is kept: it belongs to run old" in caplog.text
 
 
 def test_the_file_of_the_same_run_is_replaced(tmp_path):
@@ -389,13 +389,22 @@ def test_the_file_of_the_same_run_is_replaced(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_run_whose_name_comes_again_has_its_own_file(tmp_path):
+    path = tmp_path / "result.h5"
+    times = ["2026-11-21T10:00:00+00:00", "2026-11-22T10:00:00+00:00", "2026-11-23T10:00:00+00:00"]
+    names = [write_run(path, outputs=make_outputs(make_qmap(), start_time=time)).name for time in times]
+    assert names == ["result.h5", "result_run-1.h5", "result_run-1_2.h5"]
+    again = write_run(path, outputs=make_outputs(make_qmap(), start_time=times[1]))
+    assert again.name == names[1]
+
+
 def test_a_file_that_is_no_result_is_left_alone(tmp_path):
     path = tmp_path / "result.h5"
     path.write_text("my thesis")
     (tmp_path / "result_run-1.h5").write_text("my other thesis")
-    with pytest.raises(SinkError, match="belong to something else; run run-1 has no file"):
-        write_run(path)
+    assert write_run(path) == tmp_path / "result_run-1_2.h5"
     assert path.read_text() == "my thesis"
+    assert (tmp_path / "result_run-1.h5").read_text() == "my other thesis"
 
 
 def test_a_file_system_error_names_path_and_reason(tmp_path):

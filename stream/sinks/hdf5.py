@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,7 +37,7 @@ class Hdf5Sink:
     ----------
     path
         The file. ``{run}`` stands for the name of the run. A file there of another run is left alone; the new one is
-        then called ``<stem>_<run><suffix>``. pyXpcsViewer lists .h5 and .hdf only.
+        then called ``<stem>_<run><suffix>``, and if that is taken too, numbered. pyXpcsViewer lists .h5 and .hdf only.
     qmap
         What stands under /xpcs/qmap by name: arrays, numbers, lists of str as pySimpleMask names them, and
         "attributes", a map with "hash".
@@ -100,7 +101,7 @@ class Hdf5Sink:
         )
         target = self._path
         try:
-            target = _free(self._path, stop.run)
+            target = _free(self._path, run.start)
             target.parent.mkdir(parents=True, exist_ok=True)
             _replace(target, image)
         except OSError as error:
@@ -108,28 +109,35 @@ class Hdf5Sink:
         self.written.append(target)
 
 
-def _free(path: Path, run: str) -> Path:
-    """Return the first name for the file of `run` that is not taken by another run."""
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", run)[:80]
-    if name != run or not name[:1].isalnum():
-        name = f"run_{name}_{sha256(run.encode('utf-8', 'replace')).hexdigest()[:8]}"
+def _free(path: Path, start: RunStart) -> Path:
+    """Return the first name for the file of a run that is not taken by another one."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", start.run)[:80]
+    if name != start.run or not name[:1].isalnum():
+        name = f"run_{name}_{sha256(start.run.encode('utf-8', 'replace')).hexdigest()[:8]}"
     first = Path(str(path).replace("{run}", name))
     second = first.with_name(f"{first.stem}_{name}{first.suffix}")
-    for target in (first, second):
-        owner = _owner(target)
-        if owner in (None, run):
-            return target
-        logger.warning("%s is kept: it belongs to %s, not to run %s", target, owner or "no run", run)
-    raise SinkError(f"{first} and {second} belong to something else; run {run} has no file")
+    others = (second.with_stem(f"{second.stem}_{n}") for n in count(2))
+    return next(target for target in chain((first, second), others) if _is_ours(target, start))
 
 
-def _owner(path: Path) -> str | None:
-    """Return the run of the file, "" if it is no result file, None if there is none."""
+def _is_ours(path: Path, start: RunStart) -> bool:
+    """Tell whether there is no file, or an earlier one of this very run.
+
+    Names of runs may come again (a Dectris detector that is restarted counts its V1 series from 1): then the time that
+    the run started must be the same, where it is told.
+    """
     if not path.exists():
-        return None
+        return True
+    run = began = ""
     with suppress(OSError, KeyError, TypeError, AttributeError), h5py.File(path) as file:
-        return str(file["entry/entry_identifier"].asstr()[()])
-    return ""
+        run = file["entry/entry_identifier"].asstr()[()]
+        began = file["entry/start_time"].asstr()[()]
+    if run == start.run and began == start.metadata.get("start_time", began):
+        return True
+    logger.warning(
+        "%s is kept: it belongs to %s, not to run %s", path, f"run {run} of {began}" if run else "no run", start.run
+    )
+    return False
 
 
 def _replace(target: Path, image: bytes) -> None:
