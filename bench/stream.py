@@ -27,13 +27,13 @@ SHAPE = (512, 512)
 BATCH = 64
 BATCHES = 24
 ROUNDS = 5
-PACED_FRAMES = 400
-PACE = 0.005
+PACED_FRAMES = 200
+PACE = 0.02
 """Seconds between the frames of the latency run."""
 
 
 def figures() -> Iterator[Figure]:
-    """Send uint16 frames (mean 1 count) of 512 x 512 pixels in batches of 64; then single frames at 200 per second."""
+    """Send uint16 frames (mean 1 count) of 512 x 512 pixels in batches of 64; then single frames at 50 per second."""
     roimap = ring_map(
         shape=SHAPE, beam_center_x=256, beam_center_y=256, detector_distance=5, pixel_size=75e-6,
         incident_energy=10, mask=None, n_static=160, n_dynamic=8,

@@ -118,7 +118,7 @@ def correlate(
                 fine[n_row + t] = 0
             rows = needed
             for r in range(n_row):
-                fine[r] = history[level, r, column : column + TILE]
+                copy(history[level, r, column : column + TILE], fine[r])
 
             first = 1 if level == 0 else delays_per_level + 1
             top = largest(fine[: n_row + rows])
@@ -134,11 +134,8 @@ def correlate(
                 wide_products(fine, bins[tile], n_row, rows, first, base, G2)
 
             for r in range(n_row):
-                r_from = r + new
-                if r_from < n_row + rows:
-                    history[level, r, column : column + TILE] = fine[r_from]
-                else:
-                    history[level, r, column : column + TILE] = 0
+                # Beyond the rows there are, those of a gap are dark.
+                copy(fine[min(r + new, n_row + rows - 1)], history[level, r, column : column + TILE])
 
             # Coarse frame j of the next level is 2j + 2j+1 of this one; 2j may be the newest of the history.
             odd = n_old[level] & 1
@@ -150,6 +147,13 @@ def correlate(
                 for p in range(TILE):
                     row[p] = a[p] + b[p]
             fine, coarse = coarse, fine
+
+
+@njit(nogil=True, cache=True)
+def copy(source: Any, target: Any) -> None:
+    """Copy TILE elements; numba's assignment of slices takes some ten times as long."""
+    for p in range(TILE):
+        target[p] = source[p]
 
 
 @njit(nogil=True, cache=True)

@@ -30,16 +30,24 @@ def over_frames(frames: Any, limit: int, alive: Any, sums: Any, n: Any, begin: i
 @njit(nogil=True, cache=True)
 def over_pixels(frames: Any, limit: int, alive: Any, sums: Any, n: Any, begin: int, end: int) -> None:
     """Add the pixels begin..end-1 of each frame to sums (n,) int64, and the number that counted to n (n,) int64."""
-    for t in range(frames.shape[0]):
-        row = frames[t]
-        value, count = np.int64(0), np.int64(0)
-        for p in range(begin, end):
-            live = np.uint8(row[p] <= limit) & alive[p]
-            alive[p] = live
-            value += row[p] * np.int64(live)
-            count += live
-        sums[t] += value
-        n[t] += count
+    for left in range(begin, end, TILE):
+        right = min(left + TILE, end)
+        alive_tile = alive[left:right]
+        count = np.int64(alive_tile.sum())
+        for t in range(frames.shape[0]):
+            row = frames[t, left:right]
+            above = np.uint8(0)
+            for p in range(right - left):
+                above |= np.uint8(row[p] > limit)
+            if above:
+                for p in range(right - left):
+                    alive_tile[p] &= np.uint8(row[p] <= limit)
+                count = np.int64(alive_tile.sum())
+            value = np.int64(0)
+            for p in range(right - left):
+                value += np.int64(row[p]) * np.int64(alive_tile[p])
+            sums[t] += value
+            n[t] += count
 
 
 @njit(nogil=True, cache=True)
