@@ -8,7 +8,6 @@ import time
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import cbor2
 import h5py
@@ -28,7 +27,6 @@ from stream.sinks.dectris_image import CompressedImage, Compressor
 from stream.sinks.faults import Faults
 from tests import dectris_hostile as hostile
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 RECORDINGS = [(1, "eiger1m_stream_v1.cbors.xz", 9), (2, "eiger1m_stream_v2.cbors.xz", 10)]
 ARMED = "2026-03-01T12:00:00.250000+00:00"
 ARMED_NS = 1_772_366_400_250_000_000
@@ -140,11 +138,9 @@ def receive(source, until=RunStop, seconds=20):
 
 
 @functools.cache
-def recorded(name):
-    if not (DATA / name).exists():
-        pytest.skip(f"the recording {DATA / name} is not there")
+def recorded(path):
     messages = []
-    with lzma.open(DATA / name) as file, contextlib.suppress(cbor2.CBORDecodeEOF):
+    with lzma.open(path) as file, contextlib.suppress(cbor2.CBORDecodeEOF):
         while True:
             messages.append(cbor2.load(file))
     return messages
@@ -159,8 +155,8 @@ def read_by_hdf5(chunk, shape, dtype, codec=hdf5plugin.Bitshuffle):
 
 
 @pytest.mark.parametrize(("version", "name", "n"), RECORDINGS)
-def test_a_real_recording_decodes_to_the_counts_that_hdf5_reads(version, name, n):
-    messages = recorded(name)
+def test_a_real_recording_decodes_to_the_counts_that_hdf5_reads(shared_data, version, name, n):
+    messages = recorded(shared_data / name)
     if version == 1:
         chunks = [parts[2] for parts in messages if b"dimage-1.0" in parts[0]]
     else:
@@ -175,8 +171,8 @@ def test_a_real_recording_decodes_to_the_counts_that_hdf5_reads(version, name, n
     np.testing.assert_array_equal(frames_of(decoded), expected)
 
 
-def test_a_real_v1_header_is_understood():
-    start, first, *_ = decode(recorded("eiger1m_stream_v1.cbors.xz"))
+def test_a_real_v1_header_is_understood(shared_data):
+    start, first, *_ = decode(recorded(shared_data / "eiger1m_stream_v1.cbors.xz"))
     assert (start.run, start.shape, start.dtype, start.saturation_value) == (
         "series-14",
         (1065, 1030),
@@ -192,8 +188,8 @@ def test_a_real_v1_header_is_understood():
     assert first.timestamp_ns == 1_727_691_293_853_000_000  # the data_collection_date
 
 
-def test_a_real_v2_start_is_understood():
-    start, first, stop = decode(recorded("eiger1m_stream_v2.cbors.xz"))
+def test_a_real_v2_start_is_understood(shared_data):
+    start, first, stop = decode(recorded(shared_data / "eiger1m_stream_v2.cbors.xz"))
     assert (start.run, start.shape, start.dtype) == ("01HRCJF83SA63WH8M5X1VBKFJM", (1065, 1030), "<u4")
     assert start.metadata["start_time"] == "2024-03-07T14:43:31.193000+01:00"
     assert start.metadata["source_name"] == "Swiss Light Source"  # from the user data

@@ -164,6 +164,7 @@ def test_killed_again_and_again_a_run_over_a_file_gives_the_identical_result(
         qmap=str(qmap),
         sinks=[str(out)],
         checkpoint={"path": str(saved), "every": "50 ms"},
+        threads=1,
     )
     held = [-1]
     # Once the checkpoint holds so many frames: at once, or while the next one is being written.
@@ -193,6 +194,7 @@ def test_told_to_stop_a_run_with_a_checkpoint_saves_all_it_did_and_goes_on_from_
         sinks=[str(out), f"zmq://{publish}"],
         checkpoint={"path": str(saved), "every": "1 h"},
         publish_every="50 ms",
+        threads=1,
     )
     run = start("run", config)
     seen = next(n for ledger in ledgers(run, publish) if (n := int(ledger["received"])) > 100)
@@ -214,6 +216,7 @@ def test_told_to_stop_a_live_run_without_a_checkpoint_gives_the_result_of_what_c
         qmap=str(qmap),
         sinks=[str(out), f"zmq://{publish}"],
         publish_every="50 ms",
+        threads=1,
     )
     start("replay", frames, "--to", address, "--rate", "1 kHz")
     run = start("run", config)
@@ -245,6 +248,7 @@ def test_killed_and_restarted_a_live_run_counts_what_it_missed_and_ends_with_the
         sinks=[str(out), f"zmq://{publish}"],
         checkpoint={"path": str(saved), "every": "200 ms"},
         publish_every="50 ms",
+        threads=1,
     )
     sender = start("replay", frames, "--to", address, "--rate", "1 kHz")
     run = start("run", config, "--runs", 1)

@@ -1,5 +1,4 @@
 import lzma
-from pathlib import Path
 
 import cbor2
 import h5py
@@ -14,9 +13,7 @@ from stream.ingest.hdf5 import Hdf5Source
 from stream.ingest.recording import RecordingSource, messages, record
 from stream.messages import FrameBatch, Rejected, RunStart, RunStop
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
-V1, V2 = DATA / "eiger1m_stream_v1.cbors.xz", DATA / "eiger1m_stream_v2.cbors.xz"
-needs_data = pytest.mark.skipif(not V2.exists(), reason=f"no recordings of a detector in {DATA}")
+V1, V2 = "eiger1m_stream_v1.cbors.xz", "eiger1m_stream_v2.cbors.xz"
 
 PARTS = st.lists(st.lists(st.binary(max_size=300), max_size=9), max_size=5)
 SHAPE = (1065, 1030)
@@ -173,26 +170,23 @@ def test_frames_before_the_damage_come_and_then_a_rejected(tmp_path):
     assert "message 7 of the recording" in rejected.reason
 
 
-@needs_data
-@pytest.mark.parametrize(("path", "n_frames"), [(V1, 9), (V2, 10)])
-def test_a_recording_of_a_real_detector_has_all_its_frames(path, n_frames):
-    run_start, *batches = [m for m in RecordingSource(path, batch=4) if not isinstance(m, RunStop)]
+@pytest.mark.parametrize(("name", "n_frames"), [(V1, 9), (V2, 10)])
+def test_a_recording_of_a_real_detector_has_all_its_frames(shared_data, name, n_frames):
+    run_start, *batches = [m for m in RecordingSource(shared_data / name, batch=4) if not isinstance(m, RunStop)]
     assert isinstance(run_start, RunStart)
     assert run_start.dtype == "<u4"
     assert [b.first for b in batches] == [0, 4, 8]
     assert sum(len(b.frames) for b in batches) == n_frames
 
 
-@needs_data
-def test_the_recording_that_holds_the_end_of_its_run_ends_with_a_stop():
-    *_, run_stop = RecordingSource(V2)
+def test_the_recording_that_holds_the_end_of_its_run_ends_with_a_stop(shared_data):
+    *_, run_stop = RecordingSource(shared_data / V2)
     assert run_stop == RunStop(run="01HRCJF83SA63WH8M5X1VBKFJM", n_frames=10, exit_status="success")
-    assert not any(isinstance(m, RunStop) for m in RecordingSource(V1))
+    assert not any(isinstance(m, RunStop) for m in RecordingSource(shared_data / V1))
 
 
-@needs_data
-def test_the_detectors_chunks_in_a_file_are_the_frames_of_its_stream(tmp_path):
-    images = [m for m in map(cbor2.loads, (parts[0] for parts in messages(V2))) if m["type"] == "image"]
+def test_the_detectors_chunks_in_a_file_are_the_frames_of_its_stream(shared_data, tmp_path):
+    images = [m for m in map(cbor2.loads, (parts[0] for parts in messages(shared_data / V2))) if m["type"] == "image"]
     with h5py.File(tmp_path / "x.h5", "w") as file:
         dataset = file.create_dataset(
             "entry/data/data", (10, *SHAPE), "<u4", chunks=(1, *SHAPE), **hdf5plugin.Bitshuffle(cname="lz4")
@@ -203,6 +197,6 @@ def test_the_detectors_chunks_in_a_file_are_the_frames_of_its_stream(tmp_path):
             dataset.id.write_direct_chunk((i, 0, 0), typed.value.value[2])
     with Hdf5Source(tmp_path / "x.h5", frame_time=1) as source:
         from_file = frames_of(source)
-    np.testing.assert_array_equal(from_file, frames_of(RecordingSource(V2)))
+    np.testing.assert_array_equal(from_file, frames_of(RecordingSource(shared_data / V2)))
     with h5py.File(tmp_path / "x.h5") as file:
         np.testing.assert_array_equal(from_file, file["entry/data/data"][:])

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import h5py
 import numpy as np
 import pytest
@@ -7,8 +5,6 @@ import pytest
 from stream.errors import RoiMapError
 from stream.operators import roimap_file
 from stream.operators.roimap import RoiMap
-
-AEROGEL = Path(__file__).parents[2] / "shared" / "data" / "aps8idi_aerogel_result.nxs"
 
 STATIC = np.array([[0, 1, 1, 2], [0, 3, 2, 4]])
 DYNAMIC = np.array([[0, 1, 1, 1], [0, 2, 1, 2]])
@@ -145,9 +141,8 @@ def test_older_aps_files_are_read(tmp_path):
     assert np.isnan(read.static_q).all()
 
 
-@pytest.mark.skipif(not AEROGEL.exists(), reason=f"no {AEROGEL}")
-def test_a_result_of_aps_8_id_i_is_read():
-    read = roimap_file.read(AEROGEL)
+def test_a_result_of_aps_8_id_i_is_read(shared_data):
+    read = roimap_file.read(shared_data / "aps8idi_aerogel_result.nxs")
     assert read.shape == (516, 1556)
     assert read.n_static == read.n_dynamic == 27
     assert np.array_equal(read.static_roi_map, read.dynamic_roi_map)
