@@ -27,7 +27,8 @@ class RunStart:
     """A detector was armed. Names as in NXxpcs and NXdetector.
 
     `metadata` holds what else the sender knows, plain numbers, strings, lists and maps. Names used by our own parts:
-    ``n_frames`` (frames planned), ``start_time`` (ISO 8601), ``incident_energy`` (keV), ``detector_distance`` (m),
+    ``n_frames`` (frames planned), ``start_time`` and ``announced`` (when the detector and when our pipeline began, ISO
+    8601), ``incident_energy`` (keV), ``detector_distance`` (m),
     ``beam_center_x``, ``beam_center_y`` (pixel), ``x_pixel_size``, ``y_pixel_size`` (m), ``sample``, ``scan_number``,
     ``detector`` (description), ``truth`` (what a simulated detector knows, see `stream.ingest.simulated`).
     """

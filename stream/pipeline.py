@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from stream import checkpoint
@@ -163,6 +164,9 @@ class Pipeline:
             self._refused = error
             self._count_run()
             return
+        # Kept with the run, so that a restart does not tell another time.
+        announced = {"announced": datetime.now(UTC).isoformat()}
+        start = replace(start, metadata=announced | dict(start.metadata))
         self._run = _Run(start=start, operators=operators)
         self._publish_due = time.monotonic() + self._publish_every
         self._write(start)

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -317,3 +318,12 @@ def test_after_a_malformed_message_good_frames_still_count(name, parts, said, ca
     messages = [decoded(parts) for parts in [*good[:3], parts, *good[3:]]]
     counts = ledger(process(messages))
     assert (counts["received"], counts["lost"], counts["undecodable"]) == (60, 0, 1)
+
+
+def test_a_restart_tells_when_the_run_was_first_announced(tmp_path):
+    path, event = tmp_path / "checkpoint", threading.Event()
+    messages = [*RUN[:3], lambda: event.set(), *RUN[3:]]
+    first = process(messages, checkpoint_path=path, stop=event)
+    second = process(messages, checkpoint_path=path)
+    assert datetime.fromisoformat(first.outputs[0].metadata["announced"]) <= datetime.now(UTC)
+    assert second.outputs[0].metadata == first.outputs[0].metadata

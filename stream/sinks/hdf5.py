@@ -77,7 +77,7 @@ class Hdf5Sink:
         run = self._runs.get(output.run)
         match output:
             case RunStart():
-                self._runs[output.run] = _Run(output, datetime.now(UTC))
+                self._runs[output.run] = _Run(output, _announced(output))
             case Result(final=True) if run:
                 held = run.results.get(output.operator)
                 if held is None or held.n_frames <= output.n_frames:
@@ -107,6 +107,12 @@ class Hdf5Sink:
         except OSError as error:
             raise SinkError(f"{target}: {error.strerror or error}") from error
         self.written.append(target)
+
+
+def _announced(start: RunStart) -> datetime:
+    with suppress(TypeError, ValueError):
+        return datetime.fromisoformat(start.metadata.get("announced", ""))
+    return datetime.now(UTC)
 
 
 def _free(path: Path, start: RunStart) -> Path:

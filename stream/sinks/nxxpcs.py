@@ -302,7 +302,8 @@ def _fits(run: str, what: str, shape: tuple[int, ...], expected: tuple[int, ...]
 
 def _json(start: RunStart) -> str:
     try:
-        return json.dumps(start.metadata, default=_plain)
+        told = {name: value for name, value in start.metadata.items() if name != "announced"}
+        return json.dumps(told, default=_plain)
     except (TypeError, ValueError, RecursionError) as error:
         logger.warning("run %s: metadata is not kept: %s", start.run, error)
         return "{}"
