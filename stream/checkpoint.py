@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import crc32c
-import msgpack
 import numpy as np
 
 from stream import wire
 from stream.errors import CheckpointError, DecodeError
 from stream.messages import Arrays, Position, RunStart, RunStop
+from stream.wire import Packer, unpackb
 
 MAGIC = b"xpcs-stream checkpoint 1\n"
 _PREFIX = struct.Struct("<II")
@@ -51,19 +51,12 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     Raises
     ------
     CheckpointError
-        It could not be written.
+        It could not be written, or holds what cannot be read back.
     """
-    running = checkpoint.running
-    arrays = {}
-    header: dict[str, object] = {"position": dict(checkpoint.position)}
-    if running is not None:
-        header["start"] = [bytes(part) for part in wire.encode(running.start)]
-        header["stop"] = None if running.stop is None else [bytes(part) for part in wire.encode(running.stop)]
-        for name, state in {"ledger": running.ledger, **running.operators}.items():
-            arrays.update({f"{name}/{key}": array for key, array in state.items()})
-    header["arrays"], buffers = wire.pack_arrays(arrays)
-    packed = msgpack.Packer().pack(header)
-
+    try:
+        packed, buffers = _packed(checkpoint)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: cannot write the checkpoint: {error}") from error
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -80,6 +73,21 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
             os.close(directory)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot write the checkpoint: {error.strerror}") from error
+
+
+def _packed(checkpoint: Checkpoint) -> tuple[bytes, list[wire.Buffer]]:
+    """Return the header, and the bytes of the arrays behind it."""
+    running = checkpoint.running
+    arrays = {}
+    header: dict[str, object] = {"position": dict(checkpoint.position)}
+    if running is not None:
+        header["start"] = [bytes(part) for part in wire.encode(running.start)]
+        header["stop"] = None if running.stop is None else [bytes(part) for part in wire.encode(running.stop)]
+        for name, state in {"ledger": running.ledger, **running.operators}.items():
+            arrays.update({f"{name}/{key}": array for key, array in state.items()})
+    header["arrays"], buffers = wire.pack_arrays(arrays)
+    packed: bytes = Packer().pack(header)
+    return packed, buffers
 
 
 def load(path: Path) -> Checkpoint | None:
@@ -112,7 +120,7 @@ def _parse(content: memoryview) -> Checkpoint:
     if len(packed) != length or crc32c.crc32c(packed) != checksum:
         raise DecodeError("the checksum of the header is wrong")
     # The checksum holds, so this is what `save` wrote.
-    header = msgpack.unpackb(packed)
+    header = unpackb(packed)
     arrays = wire.unpack_arrays(header["arrays"], content[prefix + length :])
     if "start" not in header:
         return Checkpoint(position=header["position"], running=None)

@@ -1,13 +1,10 @@
 """What became of every frame of a run and region."""
 
-import logging
 from bisect import bisect_right
 
 import numpy as np
 
 from stream.messages import Arrays
-
-_log = logging.getLogger(__name__)
 
 MAX_SPANS = 1 << 16
 """Runs of lost frames remembered one by one; after that the last one grows to cover what follows."""
@@ -18,9 +15,9 @@ _COUNTS = ("sent", "received", "lost", "late", "duplicate", "undecodable", "stra
 class Ledger:
     """Counts frames, and messages that could not be used.
 
-    sent = received + lost, once the detector has said how many it sent (-1 before). ``late`` frames came after a later
-    one: they are among the lost. ``duplicate`` frames came again. ``undecodable`` and ``stray`` are messages: the first
-    could not be read, the others belong to another run.
+    sent = received + lost, once the detector has said how many it sent (-1 before). ``late`` counts arrivals of frames
+    after a later one, which are among the lost. ``duplicate`` frames came again. ``undecodable`` and ``stray`` are
+    messages: the first could not be read, the others belong to another run.
     """
 
     def __init__(self) -> None:
@@ -47,10 +44,8 @@ class Ledger:
         return past
 
     def close(self, n_frames: int) -> None:
-        """Take the detector's own count."""
+        """Take the detector's own count, at least `next_frame`."""
         self.sent = n_frames
-        if n_frames < self.next_frame:
-            _log.warning("the detector counted %d frames, but frame %d came", n_frames, self.next_frame - 1)
         self._lose(n_frames)
 
     def _lose(self, stop: int) -> None:

@@ -75,7 +75,7 @@ class RunStop:
     run: str
     region: int = 0
     n_frames: int
-    """Frames the detector sent."""
+    """Frames the detector sent; 0 from a source that came too late to know."""
     exit_status: ExitStatus
 
 

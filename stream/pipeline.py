@@ -3,12 +3,12 @@
               | RunStart                       | FrameBatch       | RunStop     | Rejected
 --------------+--------------------------------+------------------+-------------+------------------
 idle          | begin                          | stray            | ignore      | log
-running r     | of r: ignore; other: end, begin| of r: push;      | of r: end;  | count undecodable
-              |                                | other: stray     | other: stray|
+running r     | r again: ignore;               | of r: push;      | of r: end;  | count undecodable
+              | another: end, begin            | other: stray     | other: stray|
 
 Faults, one rule each. What cannot be read is counted and skipped; its frames show as lost. An interim result that a
-sink does not take is dropped; a final one raises, and a restart delivers it from the checkpoint. A transport that is
-gone raises: reconnecting is libzmq's and librdkafka's, restarting is the scheduler's.
+sink does not take is dropped; a final one raises once the other sinks have it, and a restart delivers it again. A
+transport that is gone raises: reconnecting is libzmq's and librdkafka's, restarting is the scheduler's.
 
 A run ends in four steps, so that it can be killed between any two of them and nothing is lost: checkpoint with the
 RunStop in it, write the final results, flush every sink, checkpoint without the run.
@@ -23,12 +23,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from stream import checkpoint
-from stream.errors import ConfigError, RoiMapError, SinkError, SourceError, XpcsStreamError
+from stream.errors import CheckpointError, ConfigError, RoiMapError, SinkError, SourceError, XpcsStreamError
 from stream.ledger import Ledger
-from stream.messages import ExitStatus, FrameBatch, Message, Output, Rejected, Result, RunStart, RunStop
+from stream.messages import ExitStatus, FrameBatch, Message, Output, Position, Rejected, Result, RunStart, RunStop
 from stream.protocols import Operator, Sink, Source
 
 _log = logging.getLogger(__name__)
+
+DRAIN = 2.0
+"""Seconds in which a source that cannot go back is emptied once the pipeline is told to stop."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,8 +41,41 @@ class _Run:
     ledger: Ledger = field(default_factory=Ledger)
     stop: RunStop | None = None
 
-    def owns(self, message: RunStart | FrameBatch | RunStop) -> bool:
+    def owns(self, message: FrameBatch | RunStop) -> bool:
         return (message.run, message.region) == (self.start.run, self.start.region)
+
+    def is_begun_by(self, start: RunStart) -> bool:
+        """Tell whether this is our own start again; names of runs may come again (series of a restarted detector)."""
+        times = [each.metadata.get("start_time") for each in (start, self.start)]
+        return times[0] == times[1] and replace(start, metadata={}) == replace(self.start, metadata={})
+
+    def misfit(self, batch: FrameBatch) -> str | None:
+        """Say what keeps frames from being of this run."""
+        n, *shape = batch.frames.shape
+        if tuple(shape) != self.start.shape or batch.frames.dtype != self.start.dtype:
+            began = f"{list(self.start.shape)} {self.start.dtype}"
+            return f"are {shape} {batch.frames.dtype.str}, the run began with {began}"
+        if self.planned and batch.first + n > self.planned:
+            return f"end at {batch.first + n}, the run has {self.planned} frames"
+        return None
+
+    @property
+    def planned(self) -> int:
+        """Frames the detector will send, 0 if it did not tell."""
+        planned = self.start.metadata.get("n_frames")
+        return planned if isinstance(planned, int) else 0
+
+    def closed_by(self, stop: RunStop) -> RunStop:
+        """Close the ledger; return the stop with what is known better here.
+
+        A source that came too late to know tells fewer frames than came: then what was planned counts.
+        """
+        came = self.ledger.next_frame
+        if stop.n_frames < came:
+            n_frames = max(came, self.planned)
+            stop = replace(stop, n_frames=n_frames, exit_status="abort" if n_frames > came else stop.exit_status)
+        self.ledger.close(stop.n_frames)
+        return stop
 
 
 class Pipeline:
@@ -83,9 +119,15 @@ class Pipeline:
         self._runs_left = runs
         self._stop = stop if stop is not None else threading.Event()
         self._run: _Run | None = None
+        self._runs_ended = 0
+        self._position: Position = {}
+        """Where the source stood before the message that is being taken."""
         self._refused: XpcsStreamError | None = None
+        self._refused_run = ""
+        self._last_reason = ""
         self._rejected = self._strays = 0
         self._publish_due = self._checkpoint_due = 0.0
+        self._drain_until: float | None = None
 
     def run(self) -> None:
         """Take messages from the source until there is nothing left to do.
@@ -93,45 +135,63 @@ class Pipeline:
         Raises
         ------
         SourceError
-            The transport of the source is gone.
+            The transport of the source is gone, or it ended and nothing in it could be read.
         SinkError
-            A sink did not take a final result.
+            A sink did not take a final result; the others have it.
         CheckpointError
             The checkpoint cannot be written, is damaged, or belongs to another configuration.
         RoiMapError, ConfigError
-            All of the wanted number of runs are done, and one of them could not be processed at all.
+            All is done, but a run could not be processed at all.
         """
         self._resume()
         try:
-            self._listen()
+            finished = self._listen()
         except SourceError:
             self._leave()
             raise
-        if self._runs_left == 0 and self._refused is not None:
+        if finished and self._refused is not None:
             raise self._refused
 
-    def _listen(self) -> None:
+    def _listen(self) -> bool:
+        """Return True when there is nothing left to do, False when told to stop."""
         if self._runs_left == 0:
-            return
+            return True
         for message in self._source:
             self._take(message)
+            self._position = self._source.position()
             if self._runs_left == 0:
-                return
-            if self._stop.is_set():
+                return True
+            if self._stop.is_set() and self._drained(message):
                 self._leave()
-                return
+                return False
             self._keep_time()
-        self._break_off("abort")
+        self._break_off("abort", self._source.position())
+        if self._runs_ended == 0 and self._refused is None:
+            self._say_why_nothing()
+        return True
+
+    def _drained(self, message: Message | None) -> bool:
+        """Tell whether to leave. What a source that cannot go back holds for us would be lost: it is taken first."""
+        if self._drain_until is None:
+            self._drain_until = time.monotonic() + DRAIN
+        return message is None or bool(self._position) or time.monotonic() > self._drain_until
+
+    def _say_why_nothing(self) -> None:
+        if self._last_reason:
+            raise SourceError(f"nothing could be read: {self._last_reason}")
+        if self._checkpoint_path is not None and self._checkpoint_path.exists():
+            _log.warning("nothing is left to do after %s; remove it to begin again", self._checkpoint_path)
 
     def _take(self, message: Message | None) -> None:
         run = self._run
         match message:
             case RunStart():
-                if run is not None and run.owns(message):
+                if run is not None and run.is_begun_by(message):
                     return
                 if run is not None:
                     _log.warning("run %s: the next run began before its end came", run.start.run)
-                    self._break_off("fail")
+                    # A restart must find this message again.
+                    self._break_off("fail", self._position)
                 self._begin(message)
             case FrameBatch():
                 if run is not None and run.owns(message):
@@ -140,17 +200,22 @@ class Pipeline:
                     self._stray(message.run, f"frames {message.first} and on")
             case RunStop():
                 if run is not None and run.owns(message):
-                    run.ledger.close(message.n_frames)
-                    self._end(run, message)
+                    self._end(run, run.closed_by(message), self._source.position())
                 elif run is not None:
                     self._stray(message.run, "the end")
             case Rejected():
-                self._rejected += 1
-                _warn_seldom(self._rejected, "rejected: %s", message.reason)
-                if run is not None:
-                    run.ledger.undecodable += 1
+                self._reject(message.reason)
+
+    def _reject(self, reason: str) -> None:
+        self._rejected += 1
+        self._last_reason = reason
+        _warn_seldom(self._rejected, "rejected: %s", reason)
+        if self._run is not None:
+            self._run.ledger.undecodable += 1
 
     def _stray(self, run: str, what: str) -> None:
+        if run == self._refused_run:
+            return
         self._strays += 1
         _warn_seldom(self._strays, "stray: %s of run %s", what, run)
         if self._run is not None:
@@ -161,7 +226,7 @@ class Pipeline:
             operators = self._operators(start)
         except (RoiMapError, ConfigError) as error:
             _log.warning("run %s cannot be processed: %s", start.run, error)
-            self._refused = error
+            self._refused, self._refused_run = error, start.run
             self._count_run()
             return
         # Kept with the run, so that a restart does not tell another time.
@@ -169,18 +234,15 @@ class Pipeline:
         start = replace(start, metadata=announced | dict(start.metadata))
         self._run = _Run(start=start, operators=operators)
         self._publish_due = time.monotonic() + self._publish_every
-        self._write(start)
-        # A source that cannot seek will not send the start of the run again.
-        self._save()
+        # A source that cannot go back will not send the start of the run again.
+        self._save(self._source.position())
+        self._deliver([start])
 
     def _push(self, run: _Run, batch: FrameBatch) -> None:
-        n, *shape = batch.frames.shape
-        if tuple(shape) != run.start.shape or batch.frames.dtype != run.start.dtype:
-            self._take(Rejected(reason=(
-                f"frames {batch.first} and on of run {batch.run} are {shape} {batch.frames.dtype.str},"
-                f" the run began with {list(run.start.shape)} {run.start.dtype}"
-            )))  # fmt: skip
+        if (wrong := run.misfit(batch)) is not None:
+            self._reject(f"frames {batch.first} and on of run {batch.run} {wrong}")
             return
+        n = len(batch.frames)
         past = run.ledger.admit(batch.first, n)
         if past < n:
             fresh = replace(batch, first=batch.first + past, frames=batch.frames[past:]) if past else batch
@@ -189,60 +251,58 @@ class Pipeline:
         age = time.time_ns() - batch.timestamp_ns
         run.ledger.lag = age / 1e9 - (n - 1) * run.start.frame_time - run.start.count_time
 
-    def _break_off(self, exit_status: ExitStatus) -> None:
+    def _break_off(self, exit_status: ExitStatus, position: Position) -> None:
         """End a run of which the detector did not say that it ended."""
         if self._run is not None:
             start, n_frames = self._run.start, self._run.ledger.next_frame
             stop = RunStop(run=start.run, region=start.region, n_frames=n_frames, exit_status=exit_status)
-            self._end(self._run, stop)
+            self._end(self._run, stop, position)
 
-    def _end(self, run: _Run, stop: RunStop) -> None:
+    def _end(self, run: _Run, stop: RunStop, position: Position) -> None:
         run.stop = stop
-        self._save()
-        self._publish(run, final=True)
-        self._write(stop)
-        for sink in self._sinks:
-            sink.flush()
+        self._save(position)
+        self._deliver([*_results(run, final=True), stop])
         self._run = None
-        self._save()
+        self._runs_ended += 1
+        self._save(position)
         self._count_run()
 
     def _count_run(self) -> None:
         if self._runs_left is not None:
             self._runs_left -= 1
 
-    def _publish(self, run: _Run, *, final: bool) -> None:
-        arrays = [(operator.name, operator.result()) for operator in run.operators]
-        for name, result in [*arrays, ("ledger", run.ledger.arrays())]:
-            self._write(
-                Result(
-                    run=run.start.run,
-                    region=run.start.region,
-                    operator=name,
-                    n_frames=run.ledger.next_frame,
-                    final=final,
-                    arrays=result,
-                )
-            )
-
-    def _write(self, output: Output) -> None:
+    def _deliver(self, outputs: Sequence[Output]) -> None:
+        """Bring outputs that must arrive to every sink, also when one of them fails."""
+        failed: SinkError | None = None
         for sink in self._sinks:
             try:
-                sink.write(output)
-            except SinkError:
-                if not isinstance(output, Result) or output.final:
-                    raise
-                _log.warning("an interim result of %s was dropped", output.operator, exc_info=True)
+                for output in outputs:
+                    sink.write(output)
+                sink.flush()
+            except SinkError as error:
+                _log.warning("%s", error)
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+    def _offer(self, run: _Run) -> None:
+        """Give interim results to the sinks, which may drop them."""
+        for result in _results(run, final=False):
+            for sink in self._sinks:
+                try:
+                    sink.write(result)
+                except SinkError as error:
+                    _log.warning("an interim result of %s was dropped: %s", result.operator, error)
 
     def _keep_time(self) -> None:
         now = time.monotonic()
         if self._run is not None and now >= self._publish_due:
-            self._publish(self._run, final=False)
+            self._offer(self._run)
             self._publish_due = now + self._publish_every
         if self._run is not None and now >= self._checkpoint_due:
-            self._save()
+            self._save(self._position)
 
-    def _save(self) -> None:
+    def _save(self, position: Position) -> None:
         self._checkpoint_due = time.monotonic() + self._checkpoint_every
         if self._checkpoint_path is None:
             return
@@ -251,36 +311,62 @@ class Pipeline:
         if run is not None:
             states = {operator.name: operator.snapshot() for operator in run.operators}
             running = checkpoint.Running(start=run.start, stop=run.stop, ledger=run.ledger.arrays(), operators=states)
-        state = checkpoint.Checkpoint(position=self._source.position(), running=running)
-        checkpoint.save(self._checkpoint_path, state)
+        checkpoint.save(self._checkpoint_path, checkpoint.Checkpoint(position=position, running=running))
 
     def _resume(self) -> None:
-        saved = None if self._checkpoint_path is None else checkpoint.load(self._checkpoint_path)
+        path = self._checkpoint_path
+        saved = None if path is None else checkpoint.load(path)
         if saved is None:
             return
-        if saved.position:
-            self._source.seek(saved.position)
-        if saved.running is None:
-            return
-        start = saved.running.start
-        run = _Run(start=start, operators=self._operators(start), stop=saved.running.stop)
-        run.ledger.restore(saved.running.ledger)
+        try:
+            if saved.position:
+                self._source.seek(saved.position)
+        except SourceError as error:
+            if saved.running is not None:
+                run = saved.running.start.run
+                raise CheckpointError(f"{path}: run {run} in it is of another source: {error}") from error
+            _log.info("%s is of another source, which is done", path)
+        if saved.running is not None:
+            self._resume_run(saved.running)
+
+    def _resume_run(self, saved: checkpoint.Running) -> None:
+        run = _Run(start=saved.start, operators=self._operators(saved.start), stop=saved.stop)
+        names = [operator.name for operator in run.operators]
+        if set(names) != set(saved.operators):
+            was = ", ".join(saved.operators)
+            raise CheckpointError(f"{self._checkpoint_path}: it was made with {was}, not with {', '.join(names)}")
+        run.ledger.restore(saved.ledger)
         for operator in run.operators:
-            operator.restore(saved.running.operators[operator.name])
-        _log.info("run %s goes on at frame %d", start.run, run.ledger.next_frame)
+            operator.restore(saved.operators[operator.name])
+        _log.warning("run %s goes on at frame %d", saved.start.run, run.ledger.next_frame)
         self._run = run
         self._checkpoint_due = time.monotonic() + self._checkpoint_every
-        self._write(start)
+        self._deliver([saved.start])
         if run.stop is not None:
-            self._end(run, run.stop)
+            self._end(run, run.stop, self._source.position())
 
     def _leave(self) -> None:
         """Leave the run as it is if it can be resumed, else end it with what came."""
         if self._checkpoint_path is None:
-            self._break_off("abort")
+            self._break_off("abort", self._source.position())
         elif self._run is not None:
-            self._publish(self._run, final=False)
-            self._save()
+            self._offer(self._run)
+            self._save(self._source.position())
+
+
+def _results(run: _Run, *, final: bool) -> list[Result]:
+    arrays = [(operator.name, operator.result()) for operator in run.operators]
+    return [
+        Result(
+            run=run.start.run,
+            region=run.start.region,
+            operator=name,
+            n_frames=run.ledger.next_frame,
+            final=final,
+            arrays=result,
+        )
+        for name, result in [*arrays, ("ledger", run.ledger.arrays())]
+    ]
 
 
 def _warn_seldom(n: int, text: str, *values: object) -> None:

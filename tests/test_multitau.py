@@ -163,3 +163,9 @@ def test_the_number_of_threads_changes_nothing():
 def test_impossible_options_are_named(roimap, options, said):
     with pytest.raises(ValueError, match=said):
         MultiTau(make_start(), roimap, **options)
+
+
+def test_counts_that_could_not_be_summed_exactly_are_refused(roimap):
+    frames = np.full((1, 6, 50), 2**32 - 1, "<u4")
+    with pytest.raises(ValueError, match=r"counts in one bin and frame are too many for 28 levels"):
+        correlate(frames, roimap, levels=28)

@@ -1,15 +1,20 @@
 """The lifecycle table of `stream.pipeline`, and what remains of a run that is interrupted anywhere."""
 
+import contextlib
+import itertools
 import logging
 import threading
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
 import pytest
 
-from stream import wire
+from stream import checkpoint, wire
+from stream import ledger as ledger_module
 from stream.errors import CheckpointError, DecodeError, RoiMapError, SinkError, SourceError
-from stream.messages import FrameBatch, Rejected, Result, RunStop
+from stream.ledger import Ledger
+from stream.messages import FrameBatch, Rejected, Result, RunStart, RunStop
 from stream.operators.intensity import Intensity
 from stream.operators.multitau import MultiTau
 from stream.operators.scattering import Scattering
@@ -38,9 +43,10 @@ def stop(n_frames=60, run="run-1", exit_status="success"):
 RUN = [make_start(SHAPE), *(batch(first, first + 12) for first in range(0, 60, 12)), stop()]
 
 
-def process(messages, *, sinks=None, source=ListSource, **options):
+def process(messages, *, sinks=None, source=ListSource, publish_every=1e9, **options):
     sink = ListSink()
-    Pipeline(source(messages), operators, [sink] if sinks is None else sinks, **options).run()
+    sinks = [sink] if sinks is None else sinks
+    Pipeline(source(messages), operators, sinks, publish_every=publish_every, **options).run()
     return sink
 
 
@@ -84,6 +90,13 @@ def test_the_next_run_ends_one_whose_end_never_came():
     assert ledger(sink, "run-2") | {"sent": 0, "received": 0} == ledger(sink, "run-2")
 
 
+def test_another_run_of_the_same_name_is_not_the_same_run():
+    again = make_start(SHAPE, metadata={"start_time": "2026-11-22T10:00:00+00:00"})
+    sink = process([*RUN[:3], again, batch(0, 12), stop(12)])
+    ends = [(o.n_frames, o.exit_status) for o in sink.outputs if isinstance(o, RunStop)]
+    assert ends == [(24, "fail"), (12, "success")]
+
+
 def test_frames_and_ends_of_another_run_are_strays_and_change_nothing():
     sink = process([*RUN[:3], batch(0, 12, "old"), stop(5, "old"), *RUN[3:]])
     assert ledger(sink)["stray"] == 2
@@ -114,7 +127,9 @@ def test_a_run_that_no_map_fits_is_refused_and_the_next_one_processed():
         return operators(start)
 
     sink = ListSink()
-    Pipeline(ListSource([make_start(SHAPE, run="bad"), batch(0, 3, "bad"), stop(3, "bad"), *RUN]), choosy, [sink]).run()
+    messages = [make_start(SHAPE, run="bad"), batch(0, 3, "bad"), stop(3, "bad"), *RUN]
+    with pytest.raises(RoiMapError, match="does not fit"):
+        Pipeline(ListSource(messages), choosy, [sink]).run()
     assert_same_results(sink.results(final=True), process(RUN).results(final=True))
 
 
@@ -155,6 +170,30 @@ def test_late_and_duplicate_frames_are_told_apart_and_not_used():
     np.testing.assert_array_equal(sink.results(final=True)[key]["G2"], without.results(final=True)[key]["G2"])
 
 
+def test_frames_beyond_what_was_planned_are_rejected_and_do_not_spoil_the_rest():
+    start = make_start(SHAPE, metadata={"n_frames": 60})
+    counts = ledger(process([start, RUN[1], replace(batch(0, 12), first=2**40), *RUN[2:]]))
+    assert (counts["received"], counts["lost"], counts["undecodable"]) == (60, 0, 1)
+
+
+@pytest.mark.parametrize(("came", "expected"), [(60, (60, 0, "success")), (24, (60, 36, "abort"))])
+def test_a_source_that_does_not_know_how_many_were_sent_is_closed_on_what_was_planned(came, expected):
+    start = make_start(SHAPE, metadata={"n_frames": 60})
+    sink = process([start, *(batch(first, first + 12) for first in range(0, came, 12)), stop(0)])
+    counts = ledger(sink)
+    assert (counts["sent"], counts["lost"], sink.outputs[-1].exit_status) == expected
+    assert sink.outputs[-1].n_frames == 60
+
+
+def test_a_ledger_of_many_gaps_stays_small_and_covers_them(monkeypatch):
+    monkeypatch.setattr(ledger_module, "MAX_SPANS", 3)
+    one = Ledger()
+    for first in range(2, 40, 4):
+        one.admit(first, 2)
+    assert one.lost == 20
+    assert one.arrays()["lost_spans"].tolist() == [[0, 2], [4, 6], [8, 38]]
+
+
 # Sinks that fail
 
 
@@ -180,6 +219,39 @@ def test_a_final_result_that_is_refused_is_an_error_and_delivered_by_a_restart(t
     sink = process([], checkpoint_path=path)
     assert_same_results(sink.results(final=True), process(RUN).results(final=True))
     assert isinstance(sink.outputs[-1], RunStop)
+
+
+def test_a_sink_that_fails_does_not_keep_results_from_the_others():
+    refusing, good = ListSink(refuse=lambda output: getattr(output, "final", False)), ListSink()
+    with pytest.raises(SinkError, match="refused"):
+        process(RUN, sinks=[refusing, good])
+    assert_same_results(good.results(final=True), process(RUN).results(final=True))
+    assert isinstance(good.outputs[-1], RunStop)
+    assert good.flushed == len(good.outputs)
+
+
+def test_a_sink_that_refuses_the_start_does_not_lose_the_run_of_a_live_source(tmp_path):
+    path = tmp_path / "checkpoint"
+    refusing = ListSink(refuse=lambda output: isinstance(output, RunStart))
+    with pytest.raises(SinkError, match="refused"):
+        process(RUN, sinks=[refusing], source=LiveSource, checkpoint_path=path)
+    sink = process(RUN[1:], source=LiveSource, checkpoint_path=path)
+    assert_same_results(sink.results(final=True), process(RUN).results(final=True))
+    assert isinstance(sink.outputs[0], RunStart)
+
+
+# Nothing to do
+
+
+def test_a_source_of_which_nothing_can_be_read_is_an_error():
+    with pytest.raises(SourceError, match="nothing could be read: no such channel"):
+        process([Rejected(reason="no such channel"), None])
+
+
+def test_a_source_that_was_done_before_is_said_to_be(tmp_path, caplog):
+    process(RUN, checkpoint_path=tmp_path / "checkpoint")
+    process(RUN, checkpoint_path=tmp_path / "checkpoint")
+    assert f"nothing is left to do after {tmp_path / 'checkpoint'}" in caplog.text
 
 
 # Interruptions
@@ -211,6 +283,41 @@ def test_killed_at_any_message_and_resumed_the_result_is_bit_identical(tmp_path,
     assert_same_results(delivered, process(RUN).results(final=True))
 
 
+TWO_RUNS = [
+    make_start(SHAPE),
+    batch(0, 12),
+    batch(30, 42),
+    make_start(SHAPE, run="run-2"),
+    batch(0, 12, "run-2"),
+    stop(12, "run-2"),
+]
+
+
+@pytest.mark.parametrize("at", range(1, 30))
+def test_killed_at_any_step_of_two_runs_of_which_one_end_was_lost_both_are_delivered(tmp_path, monkeypatch, at):
+    """Steps are checkpoints saved and outputs written; run-1 has gaps and never ends."""
+    path, steps = tmp_path / "checkpoint", itertools.count(1)
+    save = checkpoint.save
+
+    def step():
+        if next(steps) == at:
+            raise Killed
+
+    def counted_save(path, state):
+        step()
+        save(path, state)
+        step()
+
+    first = ListSink(refuse=lambda output: step())
+    monkeypatch.setattr(checkpoint, "save", counted_save)
+    with contextlib.suppress(Killed):
+        process(TWO_RUNS, sinks=[first], checkpoint_path=path, checkpoint_every=0)
+    monkeypatch.setattr(checkpoint, "save", save)
+    second = process(TWO_RUNS, checkpoint_path=path)
+    delivered = first.results(final=True) | second.results(final=True)
+    assert_same_results(delivered, process(TWO_RUNS).results(final=True))
+
+
 def test_killed_between_checkpoints_the_source_replays_what_was_not_saved(tmp_path):
     path = tmp_path / "checkpoint"
     with pytest.raises(Killed):
@@ -236,6 +343,13 @@ def test_told_to_stop_it_leaves_a_run_that_can_be_resumed(tmp_path):
     assert first.results(final=False)["run-1", "ledger"]["received"] == 24
     second = process(messages, checkpoint_path=path)
     assert_same_results(second.results(final=True), process(RUN).results(final=True))
+
+
+def test_told_to_stop_what_a_live_source_holds_is_taken_first(tmp_path):
+    path, event = tmp_path / "checkpoint", threading.Event()
+    event.set()
+    first = process([*RUN[:4], None, *RUN[4:]], source=LiveSource, checkpoint_path=path, stop=event)
+    assert first.results(final=False)["run-1", "ledger"]["received"] == 36
 
 
 def test_told_to_stop_without_a_checkpoint_it_ends_the_run_with_what_came():
@@ -293,7 +407,30 @@ def test_a_checkpoint_that_is_cut_short_is_refused(tmp_path, length):
 def test_a_checkpoint_of_other_roi_maps_is_refused(tmp_path):
     other = make_roimap(SHAPE, seed=1)
     with pytest.raises(CheckpointError, match="roimap"):
-        Pipeline(ListSource(RUN), lambda start: [MultiTau(start, other)], [], checkpoint_path=saved(tmp_path)).run()
+        Pipeline(
+            ListSource(RUN),
+            lambda start: [MultiTau(start, other), Scattering(start, other), Intensity(start, other)],
+            [],
+            checkpoint_path=saved(tmp_path),
+        ).run()
+
+
+def test_a_checkpoint_of_other_operators_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="made with multitau, scattering, intensity, not with intensity"):
+        Pipeline(ListSource(RUN), lambda start: [Intensity(start, ROIMAP)], [], checkpoint_path=saved(tmp_path)).run()
+
+
+def test_an_open_run_of_another_source_is_refused(tmp_path):
+    path = saved(tmp_path)
+    with pytest.raises(CheckpointError, match="run run-1 in it is of another source"):
+        process(RUN, source=LiveSource, checkpoint_path=path)
+
+
+def test_after_a_finished_run_another_source_begins_at_its_beginning(tmp_path):
+    path = tmp_path / "checkpoint"
+    process(RUN, checkpoint_path=path)
+    sink = process(RUN, source=LiveSource, checkpoint_path=path)
+    assert_same_results(sink.results(final=True), process(RUN).results(final=True))
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_error_that_names_it(tmp_path):

@@ -9,7 +9,7 @@ from stream.operators.kernels import totals
 from stream.operators.roimap import RoiMap
 from stream.operators.segments import Segments
 from stream.operators.state import check_identity, identity, static_bins
-from stream.operators.tiles import Threads
+from stream.operators.tiles import Threads, flat
 
 MAX_INTERVALS = 1 << 16
 
@@ -39,7 +39,7 @@ class Intensity:
 
     def push(self, batch: FrameBatch) -> None:
         """Fold in frames; see `stream.protocols.Operator`."""
-        frames = batch.frames.reshape(len(batch.frames), -1)
+        frames = flat(batch.frames)
         per_frame = np.zeros((self._threads.n, 2, len(frames)), np.int64)
 
         def add(part: int, begin: int, end: int) -> None:
@@ -66,9 +66,8 @@ class Intensity:
 
     def merge(self, other: Self) -> None:
         """Add another region of the same frames; see `stream.protocols.Operator`."""
-        if self.n_frames != other.n_frames:
-            raise ValueError(f"intensity: {other.n_frames} frames cannot be merged into {self.n_frames}")
-        self._intervals.sums = self._intervals.sums + other._intervals.sums
+        self.n_frames = max(self.n_frames, other.n_frames)
+        self._intervals.add(other._intervals, self.n_frames)
 
     def snapshot(self) -> Arrays:
         """Return the state; see `stream.protocols.Operator`."""

@@ -22,7 +22,7 @@ from stream.operators.kernels import multitau as kernel
 from stream.operators.kernels import wide
 from stream.operators.roimap import RoiMap
 from stream.operators.state import check_identity, identity, static_bins
-from stream.operators.tiles import Threads, Tiles
+from stream.operators.tiles import Threads, Tiles, flat
 
 Error = Literal["static", "pixel"]
 
@@ -49,6 +49,14 @@ class MultiTau:
         accumulators per pixel: 64 bytes per pixel and delay.
     threads
         Kernel threads; None = all cores this process may use. The result does not depend on it.
+
+    Raises
+    ------
+    RoiMapError
+        The map was made for another detector.
+    ValueError
+        An option is out of range; later, a bin of one frame holds 2**62 / 2**(levels-1) counts or more (1.4e14 with 16
+        levels), which cannot be summed exactly.
     """
 
     name = "multitau"
@@ -117,9 +125,8 @@ class MultiTau:
             raise ValueError("multitau: a merged operator takes no frames")
         if batch.first < self.n_frames:
             raise ValueError(f"multitau: frame {batch.first} came after {self.n_frames} were pushed")
-        frames = batch.frames.reshape(len(batch.frames), -1)
-        if batch.first > self.n_frames:
-            self._advance(frames[:0], batch.first - self.n_frames)
+        frames = flat(batch.frames)
+        self._miss(batch.first)
         done = 0
         while done < len(frames):
             clean = self._first_saturated(frames[done:])
@@ -129,6 +136,12 @@ class MultiTau:
             done += clean
             if done < len(frames):
                 self._retire(frames[done])
+
+    def _miss(self, n_frames: int) -> None:
+        """Go on to n_frames without the frames before."""
+        if n_frames > self.n_frames:
+            nothing = np.empty((0, *self._start.shape), self._start.dtype)
+            self._advance(flat(nothing), n_frames - self.n_frames)
 
     def _first_saturated(self, frames: NDArray[np.unsignedinteger]) -> int:
         limit = self._start.saturation_value
@@ -157,6 +170,10 @@ class MultiTau:
 
         self._threads.run(correlate, len(self._tiles.first))
         counts = sums.sum(axis=0) if self._parts > 1 else sums[0]
+        if counts.max(initial=0) >> (wide.BITS - self._levels + 1):
+            raise ValueError(
+                f"multitau: {counts.max()} counts in one bin and frame are too many for {self._levels} levels"
+            )
         weights = kernel.weigh(len(frames), n_new, n_old, self._d, self._weights, self._pairs)
 
         def normalise(_: int, begin: int, end: int) -> None:
@@ -256,13 +273,12 @@ class MultiTau:
 
     def merge(self, other: Self) -> None:
         """Add another region of the same frames; see `stream.protocols.Operator`."""
-        if (self.n_frames, self._d, self._levels, self._error, self._roimap.digest) != (
-            other.n_frames, other._d, other._levels, other._error, other._roimap.digest,
-        ):  # fmt: skip
-            raise ValueError(
-                f"multitau: region {other._start.region} at frame {other.n_frames} and region {self._start.region}"
-                f" at frame {self.n_frames} were not correlated alike"
-            )
+        mine_is, theirs_is = ((each._d, each._levels, each._error, each._roimap.digest) for each in (self, other))
+        if mine_is != theirs_is:
+            raise ValueError(f"multitau: regions correlated as {theirs_is} and as {mine_is} cannot be merged")
+        n_frames = max(self.n_frames, other.n_frames)
+        for each in (self, other):
+            each._miss(n_frames)
         mine, theirs = self._sums(), other._sums()
         if self._error == "pixel":
             self._static_of_bin = np.concatenate([self._static_of_bin, other._static_of_bin])

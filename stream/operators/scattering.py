@@ -10,7 +10,7 @@ from stream.operators.kernels import totals
 from stream.operators.roimap import RoiMap
 from stream.operators.segments import Segments
 from stream.operators.state import check_identity, identity, static_bins
-from stream.operators.tiles import Threads
+from stream.operators.tiles import Threads, flat
 
 MAX_SEGMENTS = 20
 
@@ -47,7 +47,7 @@ class Scattering:
 
     def push(self, batch: FrameBatch) -> None:
         """Fold in frames; see `stream.protocols.Operator`."""
-        frames = batch.frames.reshape(len(batch.frames), -1)
+        frames = flat(batch.frames)
         spans = zip(
             self._counts.over(batch.first, len(frames)), self._pixel_frames.over(batch.first, len(frames)), strict=True
         )
@@ -103,11 +103,12 @@ class Scattering:
 
     def merge(self, other: Self) -> None:
         """Add another region of the same frames; see `stream.protocols.Operator`."""
-        if (self.n_frames, self._roimap.digest) != (other.n_frames, other._roimap.digest):
-            raise ValueError(f"scattering: {other.n_frames} frames cannot be merged into {self.n_frames}")
+        if self._roimap.digest != other._roimap.digest:
+            raise ValueError("scattering: regions of different roi maps cannot be merged")
+        self.n_frames = max(self.n_frames, other.n_frames)
         self._merged |= {other._start.origin: other._image(), **other._merged}
-        self._counts.sums = self._counts.sums + other._counts.sums
-        self._pixel_frames.sums = self._pixel_frames.sums + other._pixel_frames.sums
+        self._counts.add(other._counts, self.n_frames)
+        self._pixel_frames.add(other._pixel_frames, self.n_frames)
 
     def snapshot(self) -> Arrays:
         """Return the state; see `stream.protocols.Operator`."""

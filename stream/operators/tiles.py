@@ -4,6 +4,7 @@ The kernels release the GIL, so plain threads do: no threading layer of numba's 
 from two pipelines at once.
 """
 
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,13 @@ class Tiles:
         last_inside = np.maximum.accumulate(np.where(inside, np.arange(TILE), 0), axis=1)
         filled = np.take_along_axis(bins, last_inside, axis=1)
         return cls(first=used * TILE, live=inside.astype(np.uint8), bins=np.maximum(filled - 1, 0))
+
+
+def flat(frames: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
+    """Return frames (n, rows, cols) as (n, n_pixel), read-only: numba compiles for writable arrays once more."""
+    rows = frames.reshape(len(frames), math.prod(frames.shape[1:])).view()
+    rows.flags.writeable = False
+    return rows
 
 
 class Threads:
