@@ -3,8 +3,9 @@
 import importlib.metadata
 import logging
 import signal
+import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -15,13 +16,13 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from stream.errors import ConfigError, XpcsStreamError
+from stream.errors import ConfigError, SinkError, XpcsStreamError
 
 # Only what `--help` needs is imported up here: numba, h5py, matplotlib, pint and pydantic take their time.
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from stream.config import Configuration, SourceSection
+    from stream.config import Configuration, Place, SourceSection
     from stream.messages import RunStart
     from stream.operators.roimap import RoiMap
     from stream.protocols import Operator, Sink, Source
@@ -44,7 +45,12 @@ class _Commands(typer.core.TyperGroup):
 
 
 app = typer.Typer(
-    cls=_Commands, no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
 )
 
 
@@ -117,6 +123,14 @@ def _measured(unit: str) -> Any:
 Qmap = Annotated[Path, typer.Option(help="Map of pixels to q bins (HDF5: pySimpleMask, NXxpcs).", metavar="FILE")]
 To = Annotated[str, typer.Option(help="zmq+dectris://HOST:PORT or zmq://HOST:PORT to listen on.", metavar="ADDRESS")]
 StreamVersion = Annotated[Literal["1", "2"], typer.Option(help="Version of the DECTRIS stream.")]
+FrameTime = Annotated[
+    float | None,
+    typer.Option(
+        parser=_measured("s"),
+        metavar="TIME",
+        help='Start to start of frames, for an HDF5 file that does not tell: "500 us".',
+    ),
+]
 Unpaced = Annotated[bool, typer.Option("--as-fast-as-possible", help="Send without waiting, whatever the rate.")]
 
 
@@ -171,13 +185,12 @@ def run(
     if config is None:
         if source is None or qmap is None:
             raise typer.BadParameter("give a CONFIG file, or --source and --qmap")
-        configuration = check(given)
+        configuration = check(given, lambda place: f"{_option(place, given)}: ")
     elif given == {"sinks": ["console"]}:
         configuration = load(config)
     else:
         raise typer.BadParameter(f"{config} says what to do; beside it only --runs can be given")
-    for path in _correlate(configuration, runs, ctx.obj):
-        typer.echo(path)
+    _correlate(configuration, runs, ctx.obj)
 
 
 def _given(document: dict[str, Any]) -> dict[str, Any]:
@@ -186,15 +199,28 @@ def _given(document: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in nested.items() if value not in (None, {}, [])}
 
 
-def _correlate(configuration: "Configuration", runs: int | None, console: Console) -> list[Path]:
+def _option(place: "Place", given: Mapping[str, Any]) -> str:
+    """Return the option that says what stands at a place of the configuration."""
+    match place:
+        case ("source", "address", *_):
+            return "--source"
+        case ("checkpoint", *_):
+            return "--checkpoint"
+        case ("sinks", int(index), *_):
+            return "--publish" if given["sinks"][index].startswith("zmq") else "--out"
+        case _:
+            return f"--{place[-1]}".replace("_", "-")
+
+
+def _correlate(configuration: "Configuration", runs: int | None, console: Console) -> None:
+    from stream import checkpoint as checkpoints
     from stream.operators.intensity import Intensity
     from stream.operators.multitau import MultiTau
     from stream.operators.roimap_file import read
     from stream.operators.scattering import Scattering
     from stream.pipeline import Pipeline
-    from stream.sinks.hdf5 import Hdf5Sink
 
-    roimap = read(Path(configuration.qmap))
+    roimap = read(_there(Path(configuration.qmap)))
     operators, threads, checkpoint = configuration.operators, configuration.threads, configuration.checkpoint
 
     def make(start: "RunStart") -> list["Operator"]:
@@ -205,12 +231,15 @@ def _correlate(configuration: "Configuration", runs: int | None, console: Consol
             made.append(Intensity(start, roimap, threads=threads))
         return made
 
+    if checkpoint:
+        _try_to_write(Path(checkpoint.path))
     with ExitStack() as stack:
         stop = stack.enter_context(_stopped_by_signals())
         source = stack.enter_context(_source(configuration.source))
-        sinks = [_sink(text, configuration, roimap, console) for text in configuration.sinks]
-        for sink in sinks:
-            stack.enter_context(sink)
+        # The console first: its display has ended when the name of a result file is printed.
+        texts = sorted(configuration.sinks, key=lambda text: text != "console")
+        sinks = [stack.enter_context(_sink(text, configuration, roimap, console)) for text in texts]
+        _compile(make, roimap)
         typer.echo(f"taking frames from {configuration.source.address}", err=True)
         Pipeline(
             source,
@@ -222,7 +251,56 @@ def _correlate(configuration: "Configuration", runs: int | None, console: Consol
             runs=runs,
             stop=stop,
         ).run()
-    return [path for sink in sinks if isinstance(sink, Hdf5Sink) for path in sink.written]
+    left = checkpoints.load(Path(checkpoint.path)) if checkpoint and stop.is_set() else None
+    if checkpoint and left and left.running and left.running.stop is None:
+        run, frame = left.running.start.run, int(left.running.ledger["next_frame"])
+        typer.echo(f"run {run} left at frame {frame} in {checkpoint.path}; start again to go on", err=True)
+
+
+def _there(path: Path) -> Path:
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file")
+    return path
+
+
+def _try_to_write(path: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _compile(make: Callable[["RunStart"], list["Operator"]], roimap: "RoiMap") -> None:
+    """Let a few rows of frames of every dtype through, so that no compiler runs while frames come."""
+    import numpy as np
+
+    from stream.messages import DTYPES, FrameBatch, RunStart
+
+    n_rows, n_columns = roimap.shape
+    row = int(np.argmax(roimap.static_roi_map.any(axis=1)))
+    shape = (min(8, n_rows - row), n_columns)
+    slow = threading.Timer(1.5, typer.echo, ["compiling the kernels (once per installation)"], {"err": True})
+    slow.start()
+    try:
+        for dtype in DTYPES:
+            start = RunStart(
+                run="",
+                shape=shape,
+                origin=(row, 0),
+                detector_shape=roimap.shape,
+                dtype=dtype,
+                saturation_value=int(np.iinfo(dtype).max) - 1,
+                frame_time=1.0,
+                count_time=1.0,
+            )
+            frames = np.zeros((2, *shape), dtype)
+            frames.flags.writeable = False
+            for operator in make(start):
+                operator.push(FrameBatch(run="", first=0, frames=frames, timestamp_ns=0))
+                operator.result()
+    finally:
+        slow.cancel()
 
 
 @contextmanager
@@ -262,11 +340,11 @@ def _source(section: "SourceSection") -> "Source":
 
             if "metadata" in options:
                 options["metadata"] = Path(options["metadata"])
-            return Hdf5Source(Path(where.target), **options)
+            return Hdf5Source(_there(Path(where.target)), **options)
         case "recording":
             from stream.ingest.recording import RecordingSource
 
-            return RecordingSource(Path(where.target), **options)
+            return RecordingSource(_there(Path(where.target)), **options)
 
 
 def _sink(text: str, configuration: "Configuration", roimap: "RoiMap", console: Console) -> "Sink":
@@ -275,7 +353,8 @@ def _sink(text: str, configuration: "Configuration", roimap: "RoiMap", console: 
     if text == "console":
         from stream.sinks.console import ConsoleSink
 
-        return ConsoleSink(console, q=roimap.dynamic_q.tolist())
+        is_live = address(configuration.source.address).transport in ("dectris", "zmq")
+        return ConsoleSink(console, q=roimap.dynamic_q.tolist(), is_live=is_live)
     where = address(text)
     if where.transport == "zmq":
         from stream.sinks.zmq import ZmqSink
@@ -283,7 +362,7 @@ def _sink(text: str, configuration: "Configuration", roimap: "RoiMap", console: 
         return ZmqSink(where.target, pattern="pub")
     from stream.sinks.hdf5 import Hdf5Sink
 
-    return Hdf5Sink(Path(where.target), qmap=roimap.arrays(), configuration=configuration.text())
+    return Hdf5Sink(Path(where.target), qmap=roimap.arrays(), configuration=configuration.text(), on_written=typer.echo)
 
 
 @app.command()
@@ -293,7 +372,10 @@ def simulate(
     stream: StreamVersion = "2",
     frames: Annotated[int, typer.Option(min=1, help="Frames of the run.")] = 10_000,
     rate: Annotated[
-        float, typer.Option(parser=_measured("1/s"), metavar="RATE", help="Of the frames.", show_default="1 kHz")
+        float,
+        typer.Option(
+            parser=_measured("1/s"), metavar="RATE", help="Of the frames; 1 kHz if not given.", show_default=False
+        ),
     ] = 1000.0,
     as_fast_as_possible: Unpaced = False,
     mean_counts: Annotated[float, typer.Option(help="Per pixel and frame.")] = 0.1,
@@ -303,8 +385,8 @@ def simulate(
         typer.Option(
             parser=_measured("angstrom^2/s"),
             metavar="D",
-            help="|g1| = exp(-D q^2 tau).",
-            show_default="1e6 angstrom^2/s",
+            help='|g1| = exp(-D q^2 tau); "1e6 angstrom^2/s" if not given.',
+            show_default=False,
         ),
     ] = 1e6,
     stretch: Annotated[float, typer.Option(help="gamma in exp(-(D q^2 tau)^gamma), up to 1.")] = 1.0,
@@ -327,7 +409,7 @@ def simulate(
     from stream.sending import send
     from stream.sinks.faults import Faults
 
-    roimap = read(qmap)
+    roimap = read(_there(qmap))
     arrays = roimap.arrays()
     if not np.isfinite(roimap.dynamic_q).all():
         raise ConfigError(f"{qmap} does not tell q of every bin")
@@ -355,10 +437,9 @@ def simulate(
         | {"sample": sample, "detector": "xpcs-stream simulate"},
     )
     faults = Faults(lose=lose, duplicate=duplicate, reorder=reorder, truncate=truncate, delay=delay, seed=seed)
-    with _stopped_by_signals() as stop, _detector(to, stream, faults) as sink:
-        typer.echo(f"waiting for a receiver at {sink.address}", err=True)
+    with _detector(to, stream, faults) as (sink, stop):
         sent = send(source, sink, stop, paced=not as_fast_as_possible, rate=rate)
-    typer.echo(f"sent {sent}", err=True)
+        typer.echo(f"sent {sent}", err=True)
 
 
 @app.command()
@@ -369,6 +450,7 @@ def replay(
         float | None,
         typer.Option(parser=_measured("1/s"), metavar="RATE", help='Frames: "1 kHz". As recorded if not given.'),
     ] = None,
+    frame_time: FrameTime = None,
     stream: StreamVersion = "2",
     as_fast_as_possible: Unpaced = False,
 ) -> None:
@@ -376,23 +458,27 @@ def replay(
 
     xpcs-stream replay frames.h5 --to zmq+dectris://127.0.0.1:31001 --rate "500 Hz"
     """
-    from stream.config import SourceSection, address
+    from stream.config import address
     from stream.ingest.recording import messages
     from stream.sending import send, send_recorded
     from stream.sinks.dectris import DectrisSink
     from stream.sinks.faults import Faults
 
     paced = not as_fast_as_possible
-    with _stopped_by_signals() as stop, _detector(to, stream, Faults()) as sink:
-        typer.echo(f"waiting for a receiver at {sink.address}", err=True)
-        if isinstance(sink, DectrisSink) and address(str(file)).transport == "recording":
-            if paced and rate is None:
-                raise ConfigError("recorded messages are sent at a --rate, or --as-fast-as-possible")
+    is_recording = address(str(_there(file))).transport == "recording" and address(to).transport == "dectris"
+    if is_recording and paced and rate is None:
+        raise ConfigError("recorded messages are sent at a --rate, or --as-fast-as-possible")
+    with ExitStack() as stack:
+        if not is_recording:
+            source = stack.enter_context(
+                _frames(str(file), _frames_at_once(rate), frame_time, otherwise=1 / rate if rate else None)
+            )
+        sink, stop = stack.enter_context(_detector(to, stream, Faults()))
+        if is_recording and isinstance(sink, DectrisSink):
             sent = send_recorded(messages(file), sink.send, stop, rate=rate if paced else None)
         else:
-            with _source(SourceSection(address=str(file), batch=_frames_at_once(rate))) as source:
-                sent = send(source, sink, stop, paced=paced, rate=rate)
-    typer.echo(f"sent {sent}", err=True)
+            sent = send(source, sink, stop, paced=paced, rate=rate)
+        typer.echo(f"sent {sent}", err=True)
 
 
 def _frames_at_once(rate: float | None) -> int:
@@ -400,27 +486,55 @@ def _frames_at_once(rate: float | None) -> int:
     return max(1, min(64, int((rate or 1000) / 20)))
 
 
-def _detector(to: str, stream: str, faults: "Faults") -> "DectrisSink | ZmqSink":
+def _frames(text: str, batch: int | None, frame_time: float | None, otherwise: float | None = None) -> "Source":
+    """Open frames; an HDF5 file that does not tell its frame time has it from `otherwise`."""
+    from stream.config import SourceSection, address
+
+    section = SourceSection(address=text, batch=batch) if batch else SourceSection(address=text)
+    if address(text).transport != "hdf5":
+        if frame_time is not None:
+            raise ConfigError(f"--frame-time is for HDF5 files, not for {text}")
+        return _source(section)
+    try:
+        return _source(section.model_copy(update={"frame_time": frame_time}))
+    except ConfigError:
+        if otherwise is None:
+            raise
+        return _source(section.model_copy(update={"frame_time": otherwise}))
+
+
+@contextmanager
+def _detector(to: str, stream: str, faults: "Faults") -> Iterator[tuple["DectrisSink | ZmqSink", threading.Event]]:
+    """Yield where frames go, and the Event that ends it; nobody receiving is no error once it is set."""
     from stream.config import address
+    from stream.sinks.dectris import DectrisSink
+    from stream.sinks.zmq import ZmqSink
 
     where = address(to)
-    match where.transport:
-        case "dectris":
-            from stream.sinks.dectris import DectrisSink
-
-            return DectrisSink(where.target, version=1 if stream == "1" else 2, faults=faults)
-        case "zmq":
-            from stream.sinks.zmq import ZmqSink
-
-            return ZmqSink(where.target, pattern="push", faults=faults)
-        case _:
-            raise ConfigError(f"{to}: frames are sent to zmq+dectris://HOST:PORT or zmq://HOST:PORT")
+    with _stopped_by_signals() as stop:
+        try:
+            sink: DectrisSink | ZmqSink
+            match where.transport:
+                case "dectris":
+                    sink = DectrisSink(where.target, version=1 if stream == "1" else 2, faults=faults, stop=stop)
+                case "zmq":
+                    sink = ZmqSink(where.target, pattern="push", faults=faults, stop=stop)
+                case _:
+                    raise ConfigError(f"{to}: frames are sent to zmq+dectris://HOST:PORT or zmq://HOST:PORT")
+            with sink:
+                typer.echo(f"waiting for a receiver at {sink.address}", err=True)
+                yield sink, stop
+        except SinkError as error:
+            if not stop.is_set():
+                raise
+            typer.echo(error, err=True)
 
 
 @app.command()
 def inspect(
     what: Annotated[str, typer.Argument(metavar="FILE|ADDRESS")],
     frames: Annotated[int, typer.Option(min=1, help="Look at so many frames at most.")] = 1000,
+    frame_time: FrameTime = None,
 ) -> None:
     """Tell what a file or a stream holds.
 
@@ -429,7 +543,7 @@ def inspect(
     xpcs-stream inspect result.h5
     """
     from stream import inspection
-    from stream.config import SourceSection, address
+    from stream.config import address
     from stream.operators.roimap_file import read
     from stream.sinks.console import g2_table
 
@@ -437,16 +551,24 @@ def inspect(
     console = Console()
     kind = inspection.kind(Path(where.target)) if where.transport == "hdf5" else "frames"
     if kind == "frames":
-        with _stopped_by_signals() as stop, _source(SourceSection(address=what)) as source:
-            _show(console, inspection.of_frames(source, stop, frames))
+        is_told = True
+        try:
+            opened = _frames(what, None, frame_time)
+        except ConfigError:
+            is_told, opened = False, _frames(what, None, frame_time, otherwise=1.0)
+        with _stopped_by_signals() as stop, opened as source:
+            facts = dict(inspection.of_frames(source, stop, frames))
+        if not is_told:
+            facts |= {"frame time": "not told", "count time": "not told"}
+        _show(console, facts)
         return
     roimap = read(Path(where.target))
     if kind == "map":
         _show(console, {"map": what, **inspection.of_map(roimap)})
         return
-    facts, g2 = inspection.of_result(Path(where.target))
-    _show(console, {"result": what, **facts, **inspection.of_map(roimap)})
-    console.print(g2_table(g2, roimap.dynamic_q.tolist(), console.width))
+    of_result, g2 = inspection.of_result(Path(where.target))
+    _show(console, {"result": what, **of_result, **inspection.of_map(roimap)})
+    console.print(g2_table(g2, roimap.dynamic_q.tolist(), console.width, roimap.n_dynamic))
 
 
 def _show(console: Console, facts: Mapping[str, object]) -> None:

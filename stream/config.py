@@ -37,6 +37,7 @@ _SUFFIXES: dict[str, Transport] = {
     ".cbors": "recording",
     ".cbors.xz": "recording",
 }
+MAX_PORT = 65535
 _ADDRESSES = "zmq+dectris://HOST:PORT, zmq://HOST:PORT, or a file ({})".format(" ".join(_SUFFIXES))
 
 
@@ -62,11 +63,10 @@ def address(text: str) -> Address:
         if scheme[0] not in _SCHEMES:
             raise ConfigError(f'"{text}": unknown scheme {scheme[0]}; an address is {_ADDRESSES}')
         parts = urlsplit(text)
-        try:
-            port = parts.port
-        except ValueError:
-            port = None
-        if not parts.hostname or not port or parts.path or parts.query or "@" in parts.netloc:
+        port = parts.netloc.rpartition(":")[2]
+        if port.isdecimal() and not 1 <= int(port) <= MAX_PORT:
+            raise ConfigError(f'"{text}": port {port} is not 1 to {MAX_PORT}')
+        if not parts.hostname or not port.isdecimal() or parts.path or parts.query or "@" in parts.netloc:
             raise ConfigError(f'"{text}" must name a host and a port, e.g. "{scheme[0]}127.0.0.1:31001"')
         return Address(_SCHEMES[scheme[0]], f"tcp://{parts.netloc}")
     path = text.removeprefix("file:").removeprefix("//")
@@ -175,7 +175,12 @@ class CheckpointSection(_Section):
 
 
 def _sink(text: str) -> str:
-    return text if text == "console" else _address_of("zmq", "hdf5")(text)
+    if text == "console":
+        return text
+    text = _address_of("zmq", "hdf5")(text)
+    if unknown := set(re.findall(r"\{[^{}]*\}", text)) - {"{run}"}:
+        raise ValueError(f'"{text}": {", ".join(sorted(unknown))} stands for nothing; only {{run}} does')
+    return text
 
 
 def _some(sinks: tuple[str, ...]) -> tuple[str, ...]:
@@ -209,7 +214,12 @@ Place = tuple[int | str, ...]
 """Keys and indices from the top of the document."""
 
 
-def check(document: object, where: Callable[[Place], str] = lambda _: "") -> Configuration:
+def _dotted(place: Place) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    return f"{text.removeprefix('.')}: " if text else ""
+
+
+def check(document: object, where: Callable[[Place], str] = _dotted) -> Configuration:
     """Check plain data, as a YAML file or the command line gives it.
 
     Parameters
@@ -228,7 +238,7 @@ def check(document: object, where: Callable[[Place], str] = lambda _: "") -> Con
         return Configuration.model_validate(document)
     except ValidationError as error:
         problems = [(problem["loc"], _words(problem)) for problem in error.errors(include_url=False)]
-    raise ConfigError("\n".join(f"{where(place)}{_dotted(place)}{words}" for place, words in problems))
+    raise ConfigError("\n".join(f"{where(place)}{words}" for place, words in problems))
 
 
 def load(path: Path) -> Configuration:
@@ -244,14 +254,18 @@ def load(path: Path) -> Configuration:
         root = loader.get_single_node()
         _refuse_duplicates(path, root)
         document = loader.construct_document(root) if root else {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a YAML file; frames are given with --source") from None
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: {error.problem}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: {error}") from None
-    return check(document, lambda place: f"{path}:{_line(root, place)}: ")
+    return check(document, lambda place: f"{path}:{_line(root, place)}: {_dotted(place)}")
 
 
 def _words(problem: ErrorDetails) -> str:
@@ -264,15 +278,12 @@ def _words(problem: ErrorDetails) -> str:
             return "is missing"
         case "model_type":
             return f"{json.dumps(value, default=str)} should be a section with keys"
+        case "tuple_type":
+            return f"{json.dumps(value, default=str)} should be a list"
         case "value_error":
             return str(problem["ctx"]["error"])
         case _:
             return f"{json.dumps(value, default=str)} {problem['msg'].removeprefix('Input ')}"
-
-
-def _dotted(place: Place) -> str:
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
-    return f"{text.removeprefix('.')}: " if text else ""
 
 
 def _keys(place: Place) -> list[str]:

@@ -95,8 +95,10 @@ def draw(path: Path) -> Figure:
         with h5py.File(path) as file:
             missing = [name for name in _NEEDED if name not in file]
             if missing:
-                raise ConfigError(f"{path} is not a result file of xpcs-stream: it has no {', '.join(missing)}")
+                raise ConfigError(f"{path} is not a result file of xpcs-stream: it has no {missing[0]}")
             return _draw(file)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error}") from error
 

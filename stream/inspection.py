@@ -69,7 +69,8 @@ def of_result(path: Path) -> tuple[Facts, Mapping[str, NDArray[np.float64]]]:
                 value = file[dataset][()]
                 facts[name] = value.decode() if isinstance(value, bytes) else value
         if "xpcs/ledger" in file:
-            facts |= {name: file["xpcs/ledger"][name][()] for name in _COUNTS}
+            counts = {name: int(file["xpcs/ledger"][name][()]) for name in _COUNTS}
+            facts |= counts | ({"sent": "not told"} if counts["sent"] < 0 else {})
         steps = [
             multitau[f"config/{name}"][()] for name in ("stride_frame", "avg_frame") if f"config/{name}" in multitau
         ]
@@ -143,5 +144,7 @@ def _of_start(start: RunStart) -> Facts:
 def _opened(path: Path) -> h5py.File:
     try:
         return h5py.File(path, "r")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error}") from error

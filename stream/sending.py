@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+from stream.errors import DecodeError
+from stream.ingest import dectris_v1, dectris_v2
+from stream.ingest.dectris_messages import End, Image, Start
 from stream.messages import FrameBatch, Rejected, RunStart, RunStop
 from stream.protocols import Sink, Source
 from stream.wire import Buffer
@@ -13,7 +16,7 @@ from stream.wire import Buffer
 _log = logging.getLogger(__name__)
 
 BEHIND = 0.5
-"""Seconds behind its schedule at which a sender says that it cannot keep up."""
+"""Seconds behind its schedule at which a sender says so."""
 
 
 class Schedule:
@@ -36,15 +39,19 @@ class Schedule:
 
     def wait(self, n: int) -> bool:
         """Wait until `n` frames are complete; return whether to go on."""
-        self._sent = n
         if self._rate is not None:
             left = self._start + n / self._rate - time.monotonic()
             if left > 0:
                 self._stop.wait(left)
             elif left < -BEHIND and not self._is_behind:
                 self._is_behind = True
-                _log.warning("frame %d is %.1f s behind: %g frames/s cannot be kept up", n, -left, self._rate)
-        return not self._stop.is_set()
+                _log.warning(
+                    "frame %d is %.1f s late: the receiver takes frames more slowly than %g/s", n, -left, self._rate
+                )
+        if self._stop.is_set():
+            return False
+        self._sent = n
+        return True
 
     def __str__(self) -> str:
         seconds = time.monotonic() - self._start
@@ -68,7 +75,10 @@ def send(source: Source, sink: Sink, stop: threading.Event, *, paced: bool, rate
                 # The first frames may have taken long to make: what is due counts from when they are there.
                 schedule = schedule or Schedule(pace, stop, n_ready=n)
                 if not schedule.wait(n):
-                    sink.write(RunStop(run=message.run, n_frames=message.first, exit_status="abort"))
+                    stopped = RunStop(
+                        run=message.run, region=message.region, n_frames=message.first, exit_status="abort"
+                    )
+                    sink.write(stopped)
                     break
                 sink.write(schedule.timed(message))
             case RunStop():
@@ -85,11 +95,30 @@ def send_recorded(
     *,
     rate: float | None,
 ) -> Schedule | None:
-    """Send recorded messages as they are, `rate` of them per second, or without waiting if None."""
+    """Send recorded messages as they are, `rate` frames per second, or without waiting if None."""
     schedule: Schedule | None = None
-    for n, parts in enumerate(messages):
-        if schedule is not None and not schedule.wait(n):
-            break
+    n, is_open = 0, False
+    for parts in messages:
+        match _read(parts):
+            case Start():
+                is_open = True
+            case Image():
+                n += 1
+                if schedule is not None and not schedule.wait(n):
+                    return schedule
+            case End():
+                is_open = False
         send(parts)
-        schedule = schedule or Schedule(rate, stop)  # from when a receiver took the header
+        schedule = schedule or Schedule(rate, stop)  # from when a receiver took the first
+    if is_open:
+        _log.warning("the recording has no end of its run: the receiver goes on waiting for more")
     return schedule
+
+
+def _read(parts: Sequence[Buffer]) -> Start | Image | End | None:
+    """Return what a message says; None if it cannot be read, and is sent all the same."""
+    is_v1 = bytes(parts[0][:1]) == b"{"
+    try:
+        return dectris_v1.decode(parts) if is_v1 else dectris_v2.decode(parts)
+    except DecodeError:
+        return None

@@ -21,7 +21,7 @@ CRC-32C.
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -36,9 +36,11 @@ from stream.messages import Arrays, ExitStatus, FrameBatch, Output, Result, RunS
 # Where `msgpack` itself has them from: importing bluesky_kafka calls msgpack_numpy.patch(), which replaces the names in
 # `msgpack` by functions that unpickle.
 try:
-    from msgpack._cmsgpack import Packer, unpackb
+    from msgpack._cmsgpack import Packer as Packer
+    from msgpack._cmsgpack import unpackb as unpackb
 except ImportError:  # no compiled msgpack for this interpreter
-    from msgpack.fallback import Packer, unpackb
+    from msgpack.fallback import Packer as Packer
+    from msgpack.fallback import unpackb as unpackb
 
 Buffer = bytes | bytearray | memoryview
 
@@ -50,10 +52,17 @@ MAX_DEPTH = 16
 MAX_LENGTH = 4096
 """Of one list or map within a header. Small, since MessagePack allocates what a list only claims to hold."""
 
+MAX_COUNT = 2**62
+"""Of frames: what is computed with numbers of frames stays within 64 bits."""
+MAX_SECONDS = 1e9
+"""Of `frame_time`, 30 years: so does what is computed with times of frames, in ns."""
+
 _Name = Annotated[str, Field(min_length=1, max_length=256)]
 _Operator = Annotated[str, Field(pattern=r"^[^/\x00-\x1f]{1,256}$")]
 _Region = Annotated[int, Field(ge=0, lt=2**31)]
-_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+_Nanoseconds = Annotated[int, Field(ge=0, lt=2**63)]
+_Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
 _Checksum = Annotated[int, Field(ge=0, lt=2**32)]
 _Pixels = Annotated[int, Field(ge=1, le=MAX_FRAME_BYTES)]
 _FrameShape = Annotated[tuple[_Pixels, _Pixels], Field(strict=False)]  # MessagePack knows lists only
@@ -62,7 +71,6 @@ _ArrayType = Literal["|b1", "|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i
 
 
 _FINITE = (
-    "n_frames",
     "incident_energy",
     "detector_distance",
     "beam_center_x",
@@ -88,8 +96,8 @@ class StartHeader(_Header):
     detector_shape: _FrameShape | None = None
     dtype: _CountType
     saturation_value: Annotated[int, Field(ge=0, lt=2**32)] | None
-    frame_time: Annotated[float, Field(gt=0)]
-    count_time: Annotated[float, Field(gt=0)]
+    frame_time: _Seconds
+    count_time: _Seconds
     metadata: dict[str, Any]
 
     @model_validator(mode="after")
@@ -101,7 +109,10 @@ class StartHeader(_Header):
         for name in _FINITE:
             value = self.metadata.get(name, 0)
             if not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"metadata.{name} = {reprlib.repr(value)} is not a finite number")
+                raise ValueError(f"metadata.{name} = {shown(value)} is not a finite number")
+        planned = self.metadata.get("n_frames", 0)
+        if not isinstance(planned, int) or not 0 <= planned <= MAX_COUNT:
+            raise ValueError(f"metadata.n_frames = {shown(planned)} is not a whole number up to {MAX_COUNT}")
         return self
 
 
@@ -119,15 +130,15 @@ class FramesHeader(_Header):
     """Length of the payload, compressed if it is."""
     crc32c: _Checksum
     """Of the payload, compressed if it is."""
-    timestamp_ns: _Count
+    timestamp_ns: _Nanoseconds
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         size = self.n * _check_frame_bytes(self.shape, self.dtype)
         if size > MAX_MESSAGE_BYTES:
             raise ValueError(f"n = {self.n} frames are {size} bytes, more than {MAX_MESSAGE_BYTES}")
-        if self.first + self.n > 2**63:
-            raise ValueError(f"first = {self.first} and n = {self.n} count past 2**63")
+        if self.first + self.n > MAX_COUNT:
+            raise ValueError(f"first = {self.first} and n = {self.n} count past {MAX_COUNT}")
         return self
 
 
@@ -178,6 +189,8 @@ class _ArrayEntry(BaseModel):
         return self
 
 
+_TO_BE_ADDED = {f"to be added {i}": "x" * 200 for i in range(8)}
+
 _TABLE = TypeAdapter(list[_ArrayEntry])
 
 
@@ -223,7 +236,7 @@ def encode(output: Output) -> list[Buffer]:
     try:
         SCHEMAS[schema][version].model_validate(header)
     except ValidationError as error:
-        raise ValueError(f"{schema}: {_words(error)}") from None
+        raise ValueError(f"{schema}: {words(error)}") from None
     packed: bytes = Packer().pack({"s": schema, "v": version, **header})
     if len(packed) > MAX_HEADER_BYTES:
         raise ValueError(f"{schema}: a header of {len(packed)} bytes is longer than {MAX_HEADER_BYTES}")
@@ -256,6 +269,17 @@ def decode(parts: Sequence[Buffer]) -> RunStart | FrameBatch | RunStop | Result:
             return RunStop(**header.__dict__)
         case ResultHeader():
             return Result(**header.__dict__ | {"arrays": unpack_arrays(header.arrays, payload)})
+
+
+def check_start(start: RunStart) -> None:
+    """Check what a source gives to a pipeline, which adds a few entries to the metadata before it encodes it.
+
+    Raises
+    ------
+    ValueError
+        `encode` could not write it then; names the field.
+    """
+    encode(replace(start, metadata={**start.metadata, **_TO_BE_ADDED}))
 
 
 def pack_arrays(arrays: Arrays) -> tuple[list[dict[str, Any]], list[Buffer]]:
@@ -294,7 +318,7 @@ def pack_arrays(arrays: Arrays) -> tuple[list[dict[str, Any]], list[Buffer]]:
     try:
         _TABLE.validate_python(table)
     except ValidationError as error:
-        raise ValueError(f"arrays: {_words(error)}") from None
+        raise ValueError(f"arrays: {words(error)}") from None
     return table, buffers
 
 
@@ -309,7 +333,7 @@ def unpack_arrays(table: Sequence[Any], payload: Buffer) -> dict[str, NDArray[An
     try:
         entries = _TABLE.validate_python(table)
     except ValidationError as error:
-        raise DecodeError(f"arrays: {_words(error)}") from None
+        raise DecodeError(f"arrays: {words(error)}") from None
     view = memoryview(payload).cast("B")
     total = sum(entry.nbytes for entry in entries)
     if total != len(view):
@@ -335,17 +359,17 @@ def _read_header(packed: Buffer) -> _AnyHeader:
     except ValueError as error:  # all that msgpack raises for malformed bytes derives from it
         raise DecodeError(f"the header is not MessagePack: {error or type(error).__name__}") from None
     if not isinstance(header, dict):
-        raise DecodeError(f"the header is not a map but {reprlib.repr(header)}")
+        raise DecodeError(f"the header is not a map but {shown(header)}")
     schema, version = header.get("s"), header.get("v")
     if not isinstance(schema, str) or schema not in SCHEMAS:
-        raise DecodeError(f"schema s = {reprlib.repr(schema)} is unknown; known are {', '.join(SCHEMAS)}")
+        raise DecodeError(f"schema s = {shown(schema)} is unknown; known are {', '.join(SCHEMAS)}")
     if type(version) is not int or version not in SCHEMAS[schema]:
         known = ", ".join(map(str, SCHEMAS[schema]))
-        raise DecodeError(f"{schema}: version v = {reprlib.repr(version)} is unknown; known are {known}")
+        raise DecodeError(f"{schema}: version v = {shown(version)} is unknown; known are {known}")
     try:
         return SCHEMAS[schema][version].model_validate(header)
     except ValidationError as error:
-        raise DecodeError(f"{schema}: {_words(error)}") from None
+        raise DecodeError(f"{schema}: {words(error)}") from None
 
 
 def _frame_batch(header: FramesHeader, payload: Buffer) -> FrameBatch:
@@ -426,18 +450,33 @@ def _check_plain(value: Any, path: str, depth: int) -> None:
         case dict():
             for key, item in value.items():
                 if not isinstance(key, str):
-                    raise ValueError(f"{path} has the key {reprlib.repr(key)}, not a string")  # noqa: TRY004 for pydantic
-                _check_plain(item, f"{path}.{reprlib.repr(key)[1:-1]}", depth + 1)
+                    raise ValueError(f"{path} has the key {shown(key)}, not a string")  # noqa: TRY004 for pydantic
+                _check_plain(item, f"{path}.{shown(key)[1:-1]}", depth + 1)
         case _:
-            raise ValueError(f"{path} = {reprlib.repr(value)} is not a number of 64 bits, string, list or map")
+            raise ValueError(f"{path} = {shown(value)} is not a number of 64 bits, string, list or map")
 
 
-def _words(error: ValidationError) -> str:
+def words(error: ValidationError) -> str:
     """Say in one line what pydantic found first."""
     first = error.errors(include_url=False, include_context=False)[0]
     if first["type"] == "value_error":  # said by a model_validator above
-        return first["msg"].removeprefix("Value error, ")
+        return one_line(first["msg"].removeprefix("Value error, "))
     place = ".".join(map(str, first["loc"]))
     if first["type"] == "missing":
-        return f"{place} is missing"
-    return f"{place} = {reprlib.repr(first['input'])}: {first['msg']}"
+        return one_line(f"{place} is missing")
+    if first["type"] == "json_invalid":
+        return one_line(first["msg"])
+    return one_line(f"{place} = {shown(first['input'])}: {first['msg']}".removeprefix(" = "))
+
+
+def shown(value: object) -> str:
+    """Return the beginning of the repr of what somebody sent."""
+    try:
+        return reprlib.repr(value)[:200]
+    except ValueError:  # Python writes out no integer of more than 4300 digits
+        return f"({type(value).__name__} too long to show)"
+
+
+def one_line(text: str) -> str:
+    """Return the beginning of a text that may quote what somebody sent."""
+    return " ".join(text[:400].split())

@@ -130,6 +130,7 @@ CORPUS = [
     ("saturation value is negative", start(saturation_value=-1), "saturation_value = -1"),
     ("frame_time is nan", start(frame_time=float("nan")), "frame_time = nan"),
     ("frame_time is infinite", start(frame_time=float("inf")), "frame_time = inf"),
+    ("frame_time is longer than a life", start(frame_time=1e300), "frame_time = 1e+300"),
     ("frame_time is zero", start(frame_time=0.0), "frame_time = 0.0"),
     ("count_time is negative", start(count_time=-1.0), "count_time = -1.0"),
     ("count_time is longer than frame_time", start(count_time=0.002), "count_time = 0.002"),
@@ -150,10 +151,15 @@ CORPUS = [
             "y_pixel_size",
         )
     ),
+    *(
+        (f"{planned} frames planned", start(metadata={"n_frames": planned}), f"metadata.n_frames = {planned!r}")
+        for planned in (-1, 2**62 + 1, 1e3, "all", None)
+    ),
     ("detector_distance as text", start(metadata={"detector_distance": "1 m"}), "detector_distance = '1 m'"),
     ("first is negative", frames(first=-1), "first = -1"),
     ("first is past 2**63", frames(first=2**63), "first = 9223372036854775808"),
-    ("last is past 2**63", frames(first=2**63 - 1), "first = 9223372036854775807"),
+    ("first is past 2**62", frames(first=2**62 + 1), "first = 4611686018427387905"),
+    ("last is past 2**62", frames(first=2**62 - 1), "first = 4611686018427387903 and n = 2 count past"),
     ("first is a float", frames(first=1.0), "first = 1.0"),
     ("no frames", frames(b"", n=0, nbytes=0, crc32c=0), "n = 0"),
     ("more frames than the payload", frames(n=3), "[3, 3, 4] of <u2 are 72 bytes"),
@@ -198,6 +204,7 @@ CORPUS = [
     ),
     ("exit_status unknown", stop(exit_status="crashed"), "exit_status = 'crashed'"),
     ("n_frames is negative", stop(n_frames=-1), "n_frames = -1"),
+    ("n_frames is past 2**62", stop(n_frames=2**62 + 1), "n_frames = 4611686018427387905"),
     ("operator is empty", result(operator=""), "operator = ''"),
     ("operator with a slash", result(operator="a/b"), "operator = 'a/b'"),
     ("final is a number", result(final=1), "final = 1"),

@@ -1,14 +1,18 @@
 import os
+import random
+import re
 import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+import zmq
 from typer.testing import CliRunner
 
 from stream.__main__ import app
@@ -53,11 +57,13 @@ def finished(process):
 
 
 @pytest.fixture
-def free(tmp_path):
-    """Return host:port where nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+def free():
+    """Return host:port where nobody listens, of the ports that the system gives to nobody by itself."""
+    for port in random.sample(range(20000, 32000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return f"127.0.0.1:{port}"
+    raise AssertionError("no port is free")
 
 
 @pytest.fixture
@@ -176,6 +182,95 @@ def test_a_signal_ends_a_run_with_the_result_of_what_came(tmp_path, qmap, free, 
     assert result_of(tmp_path / "result.h5")["exit_status"] == "abort"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("scheme", ["zmq", "zmq+dectris"])
+def test_a_detector_that_nobody_listens_to_ends_at_once_on_a_signal(tmp_path, qmap, free, scheme, number):
+    simulate = ["simulate", "--qmap", qmap, "--to", f"{scheme}://{free}", "--frames", 100]
+    with started(*simulate, cwd=tmp_path) as detector:
+        assert detector.stderr.readline().startswith("waiting for a receiver")
+        assert ends_soon(detector, number) == f"tcp://{free}: stopped while nobody received\n"
+
+
+def ends_soon(process, number):
+    process.send_signal(number)
+    began = time.monotonic()
+    _, said = finished(process)
+    assert time.monotonic() - began < 5  # not the 60 s that a receiver has; 0.4 s where nothing else runs
+    return said
+
+
+def test_a_replay_whose_receiver_hangs_ends_at_once_on_a_signal(tmp_path, frames, free):
+    with zmq.Context() as context, context.socket(zmq.PULL) as hung:
+        hung.rcvhwm, hung.rcvbuf, hung.linger = 1, 4096, 0
+        hung.connect(f"tcp://{free}")
+        with h5py.File(frames, "a") as file:
+            del file["entry/data/data"]
+            file["entry/data/data"] = np.random.default_rng(1).integers(0, 2**16, (200, 200, 200), "<u2")
+        replay = ["replay", frames, "--to", f"zmq+dectris://{free}", "--as-fast-as-possible"]
+        with started(*replay, cwd=tmp_path) as detector:
+            assert detector.stderr.readline().startswith("waiting for a receiver")
+            while hung.poll(DEADLINE * 1000) and "image" not in str(hung.recv()):
+                pass
+            ends_soon(detector, signal.SIGTERM)
+
+
+def test_a_result_file_is_named_as_soon_as_it_is_written(tmp_path, qmap, free):
+    address = f"zmq+dectris://{free}"
+    with (
+        started("simulate", "--qmap", qmap, "--to", address, "--frames", 20, cwd=tmp_path) as detector,
+        started("run", "--source", address, "--qmap", qmap, "--out", "result.h5", cwd=tmp_path) as run,
+    ):
+        assert run.stdout.readline() == "result.h5\n"
+        assert result_of(tmp_path / "result.h5")["ledger"]["received"] == 20
+        finished(detector)
+        run.send_signal(signal.SIGTERM)
+        assert finished(run)[0] == ""
+
+
+def test_a_run_that_is_left_says_where_it_goes_on(tmp_path, qmap, free):
+    address = f"zmq+dectris://{free}"
+    with (
+        started("simulate", "--qmap", qmap, "--to", address, "--frames", 1_000_000, cwd=tmp_path),
+        started("run", "--source", address, "--qmap", qmap, "--checkpoint", "state", cwd=tmp_path) as run,
+    ):
+        while "frames/s, " not in (line := run.stderr.readline()):
+            assert line, "the run ended before frames came"
+        run.send_signal(signal.SIGTERM)
+        last = finished(run)[1].splitlines()[-1]
+    assert re.fullmatch(r"run [0-9a-f-]+ left at frame [1-9]\d* in state; start again to go on", last)
+
+
+@pytest.mark.parametrize("error", ["static", "pixel"])
+def test_nothing_is_left_to_compile_when_frames_come(error):
+    code = f"""
+import gc, numpy as np
+from numba.core.dispatcher import Dispatcher
+from stream.__main__ import _compile
+from stream.messages import DTYPES, FrameBatch
+from stream.operators.intensity import Intensity
+from stream.operators.multitau import MultiTau
+from stream.operators.scattering import Scattering
+from tests.conftest import make_roimap, make_start
+roimap = make_roimap((300, 50))
+def make(start):
+    return [MultiTau(start, roimap, error={error!r}), Scattering(start, roimap), Intensity(start, roimap)]
+def compiled():
+    return sum(len(kernel.signatures) for kernel in gc.get_objects() if isinstance(kernel, Dispatcher))
+_compile(make, roimap)
+before = compiled()
+for dtype in DTYPES:
+    frames = np.random.default_rng(0).poisson(1.0, (100, *roimap.shape)).astype(dtype)
+    frames.flags.writeable = False
+    for operator in make(make_start(roimap.shape, dtype=dtype, saturation_value=3)):
+        operator.push(FrameBatch(run="run-1", first=0, frames=frames, timestamp_ns=0))
+        operator.result()
+print(before, compiled())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
+    before, after = map(int, done.stdout.split())
+    assert 0 < before == after, done.stderr
+
+
 def test_frames_are_sent_at_the_rate(tmp_path, qmap, free):
     address = f"zmq://{free}"
     arguments = ["--frames", 400, "--rate", "200 Hz"]
@@ -216,6 +311,58 @@ def test_inspect_tells_what_a_recording_holds(shared_data):
         assert fact in seen
 
 
+@pytest.mark.parametrize(("version", "n", "has_end"), [(1, 9, False), (2, 10, True)])
+def test_a_replay_says_how_many_frames_it_sent_and_whether_the_run_has_an_end(
+    shared_data, tmp_path, free, version, n, has_end
+):
+    recording = shared_data / f"eiger1m_stream_v{version}.cbors.xz"
+    address = f"zmq+dectris://{free}"
+    with (
+        started("replay", recording, "--to", address, "--as-fast-as-possible", cwd=tmp_path) as detector,
+        started("inspect", address, "--frames", n, cwd=tmp_path) as receiver,
+    ):
+        finished(receiver)
+        _, said = finished(detector)
+    assert f"sent {n} frames" in said
+    assert ("has no end of its run" in said) is not has_end
+
+
+def test_a_recording_that_has_no_rate_is_refused_before_anybody_can_connect(shared_data, free):
+    said = xpcs_stream("replay", shared_data / "eiger1m_stream_v2.cbors.xz", "--to", f"zmq+dectris://{free}")
+    assert said.exit_code == 1
+    assert said.stderr == "xpcs-stream: recorded messages are sent at a --rate, or --as-fast-as-possible\n"
+
+
+@pytest.fixture
+def untimed(frames):
+    """A file of frames that does not tell the time between them."""
+    with h5py.File(frames, "a") as file:
+        del file["entry/instrument/detector/frame_time"]
+    return frames
+
+
+def test_inspect_says_that_a_file_does_not_tell_the_frame_time(untimed):
+    assert re.search("frame time +not told", xpcs_stream("inspect", untimed).output)
+    assert re.search("frame time +0.002 s", xpcs_stream("inspect", untimed, "--frame-time", "2 ms").output)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [(["--rate", "1 kHz"], "0.001 s"), (["--rate", "1 kHz", "--frame-time", "2 ms"], "0.002 s")],
+)
+def test_a_file_that_does_not_tell_the_frame_time_is_replayed_with_that_of_the_rate(
+    tmp_path, untimed, free, options, told
+):
+    address = f"zmq+dectris://{free}"
+    with (
+        started("replay", untimed, "--to", address, *options, cwd=tmp_path) as detector,
+        started("inspect", address, cwd=tmp_path) as receiver,
+    ):
+        seen, _ = finished(receiver)
+        finished(detector)
+    assert re.search(f"frame time +{told}", seen)
+
+
 def test_a_recording_is_replayed_message_by_message(shared_data, tmp_path, free):
     address = f"zmq+dectris://{free}"
     recording = shared_data / "eiger1m_stream_v2.cbors.xz"
@@ -253,16 +400,21 @@ def test_a_map_is_drawn(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["run", "--source", "zmq://127.0.0.1:5", "--qmap", "none.h5"], "none.h5"),
+        (["run", "--source", "zmq://127.0.0.1:5", "--qmap", "none.h5"], "none.h5: no such file"),
         (["run", "--source", "frames.tif", "--qmap", "q.h5"], '"frames.tif": an address is'),
-        (["run", "--source", "f.h5", "--qmap", "q.h5", "--publish-every", "5"], 'publish_every: "5" has no unit'),
-        (["run", "--source", "f.h5", "--qmap", "q.h5", "--error", "both"], "operators.multitau.error"),
-        (["run", "none.yaml"], "none.yaml"),
-        (["simulate", "--qmap", "none.h5", "--to", "zmq://127.0.0.1:5"], "none.h5"),
-        (["replay", "none.h5", "--to", "out.h5"], "out.h5"),
-        (["inspect", "none.h5"], "none.h5"),
-        (["inspect", "none.cbors"], "none.cbors"),
-        (["show", "none.h5", "--out", "x.png"], "none.h5"),
+        (["run", "--source", "f.h5", "--qmap", "q.h5", "--publish-every", "5"], '--publish-every: "5" has no unit'),
+        (["run", "--source", "f.h5", "--qmap", "q.h5", "--error", "both"], "--error: "),
+        (["run", "none.yaml"], "none.yaml: no such file"),
+        (["run", "--source", "f.h5", "--qmap", "q.h5", "--out", "x.txt"], '--out: "x.txt"'),
+        (["run", "--source", "f.h5", "--qmap", "q.h5", "--out", "{scan}.h5"], "--out: "),
+        (["run", "--source", "f.h5", "--qmap", "q.h5", "--publish", "zmq://h:99999"], "--publish: "),
+        (["run", "--source", "zmq://h", "--qmap", "q.h5"], "--source: "),
+        (["simulate", "--qmap", "none.h5", "--to", "zmq://127.0.0.1:5"], "none.h5: no such file"),
+        (["replay", "none.h5", "--to", "zmq://127.0.0.1:5"], "none.h5: no such file"),
+        (["replay", __file__, "--to", "zmq://127.0.0.1:5"], "test_command_line.py"),
+        (["inspect", "none.h5"], "none.h5: no such file"),
+        (["inspect", "none.cbors"], "none.cbors: no such file"),
+        (["show", "none.h5", "--out", "x.png"], "none.h5: no such file"),
         (["qmap", *GEOMETRY, "--n-static", "7", "--out", "q.h5"], "n_static 7"),
     ],
 )
@@ -273,6 +425,26 @@ def test_what_goes_wrong_is_one_line_and_exit_status_1(arguments, problem):
     (line,) = said.stderr.splitlines()
     assert line.startswith("xpcs-stream: ")
     assert problem in line
+
+
+@pytest.mark.parametrize("option", ["--out", "--checkpoint"])
+def test_where_nothing_can_be_written_is_told_before_frames_are_taken(tmp_path, qmap, frames, option):
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "file" / "x.h5"
+    said = xpcs_stream("run", "--source", frames, "--qmap", qmap, option, place, "-q", "--publish", "zmq://127.0.0.1:1")
+    assert said.exit_code == 1
+    (line,) = said.stderr.splitlines()
+    assert line.startswith(f"xpcs-stream: {place}")
+
+
+def test_frames_are_sent_to_sockets_only(frames):
+    said = xpcs_stream("replay", frames, "--to", "out.h5")
+    assert said.stderr == "xpcs-stream: out.h5: frames are sent to zmq+dectris://HOST:PORT or zmq://HOST:PORT\n"
+
+
+def test_a_map_is_no_result_and_the_first_thing_it_lacks_is_named(qmap):
+    said = xpcs_stream("show", qmap, "--out", "x.png")
+    assert said.stderr == f"xpcs-stream: {qmap} is not a result file of xpcs-stream: it has no entry/entry_identifier\n"
 
 
 @pytest.mark.parametrize(
@@ -296,8 +468,9 @@ def test_wrong_usage_is_exit_status_2(arguments, problem):
 
 @pytest.mark.parametrize("command", ["run", "simulate", "replay", "inspect", "qmap", "show"])
 def test_every_command_is_explained_with_an_example(command):
-    said = xpcs_stream(command, "--help")
+    said = xpcs_stream(command, "-h")
     assert said.exit_code == 0
+    assert said.output == xpcs_stream(command, "--help").output
     assert f"xpcs-stream {command} " in said.output.split("Options")[0].split("Usage:")[1].split("\n", 1)[1]
 
 

@@ -101,6 +101,8 @@ def test_what_is_missing_is_named_with_the_line_of_its_section(refused):
             "operators: [multitau]",
             'operators: ["multitau"] should be a section with keys',
         ),
+        ("sinks: console", 'sinks: "console" should be a list'),
+        ("sinks: ['{scan}.h5']", 'sinks[0]: "{scan}.h5": {scan} stands for nothing; only {run} does'),
         ("sinks: []", "sinks: at least one is needed"),
         ("sinks: [console, zmq+dectris://a:1]", 'sinks[1]: "zmq+dectris://a:1" cannot be used here'),
         ("sinks: [consol]", 'sinks[0]: "consol": an address is'),
@@ -139,8 +141,21 @@ def test_what_is_no_configuration_is_refused(refused, text, problem):
     assert refused(text)[0].startswith(problem)
 
 
+@pytest.mark.parametrize("port", [0, 65536, 99999])
+def test_a_port_that_cannot_be_is_named(port):
+    with pytest.raises(ConfigError, match=f"port {port} is not 1 to 65535"):
+        address(f"zmq://h:{port}")
+
+
+def test_a_file_of_frames_is_no_configuration(tmp_path):
+    path = tmp_path / "small.h5"
+    path.write_bytes(b"\x89HDF\r\n\x1a\n")
+    with pytest.raises(ConfigError, match=r"small\.h5 is not a YAML file; frames are given with --source"):
+        load(path)
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"missing\.yaml"):
+    with pytest.raises(ConfigError, match=r"missing\.yaml: no such file"):
         load(tmp_path / "missing.yaml")
 
 

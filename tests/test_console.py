@@ -13,9 +13,9 @@ Q = [0.001, 0.002]
 
 
 class Screen:
-    def __init__(self, *, terminal=False, width=100):
+    def __init__(self, *, terminal=False, width=100, height=25):
         self.file = io.StringIO()
-        self.console = Console(file=self.file, force_terminal=terminal, width=width)
+        self.console = Console(file=self.file, force_terminal=terminal, width=width, height=height)
 
     @property
     def raw(self):
@@ -36,9 +36,9 @@ def stop(exit_status="success"):
     return RunStop(run="run-1", n_frames=4000, exit_status=exit_status)
 
 
-def ledger(n_frames, run="run-1", *, final=False, **counts):
+def ledger(n_frames, run="run-1", *, final=False, lag=0.012, **counts):
     names = ("sent", "received", "lost", "late", "duplicate", "undecodable", "stray")
-    arrays = {name: np.array(counts.get(name, 0)) for name in names} | {"lag": np.array(0.012)}
+    arrays = {name: np.array(counts.get(name, 0)) for name in names} | {"lag": np.array(lag)}
     return Result(run=run, operator="ledger", n_frames=n_frames, final=final, arrays=arrays)
 
 
@@ -52,9 +52,9 @@ def multitau(g2=1.25, err=0.0021, pairs=1000.0, n_dynamic=2):
     return Result(run="run-1", operator="multitau", n_frames=2000, final=False, arrays=arrays)
 
 
-def shown(*outputs, q=Q, **screen):
+def shown(*outputs, q=Q, is_live=True, **screen):
     screen = Screen(**screen)
-    with ConsoleSink(screen.console, q=q) as sink:
+    with ConsoleSink(screen.console, q=q, is_live=is_live) as sink:
         for output in outputs:
             sink.write(output)
         sink.flush()
@@ -128,13 +128,37 @@ def test_delays_without_pairs_are_not_shown():
     assert "128 ms" not in text
 
 
-def test_of_many_q_a_few_are_shown_with_the_first_and_the_last():
-    q = np.linspace(0.01, 0.3, 30)
-    text = shown(start(), multitau(n_dynamic=30), stop(), q=q).text
-    rows = [line for line in text.splitlines() if "1.2500(21)" in line]
-    assert len(rows) == 8
+def rows_of(n_dynamic, **screen):
+    text = shown(start(), multitau(n_dynamic=n_dynamic), stop(), q=np.linspace(0.01, 0.3, n_dynamic), **screen).text
+    return [line for line in text.splitlines() if "1.2500(21)" in line], text
+
+
+def test_all_of_a_dozen_q_are_shown():
+    rows, text = rows_of(12)
+    assert len(rows) == 12
+    assert "not shown" not in text
+
+
+def test_of_more_q_than_fit_some_are_shown_with_the_first_and_the_last_and_the_others_are_counted():
+    rows, text = rows_of(30, height=24)
+    assert 12 <= len(rows) < 24
     assert "0.01 " in rows[0]
     assert "0.3 " in rows[-1]
+    assert f"{30 - len(rows)} more q are not shown" in text
+    assert len(text.splitlines()) <= 24 + 1  # the line with the frames is not of the display
+
+
+def test_all_q_that_fit_are_shown():
+    assert len(rows_of(30, height=60)[0]) == 30
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(0.012, "lag 12 ms"), (3500.0, "lag 58.3 min"), (3601.0, "lag –")])
+def test_a_lag_that_cannot_be_is_not_told(seconds, told):
+    assert told in shown(start(), ledger(1000, lag=seconds), stop()).text
+
+
+def test_frames_of_a_file_have_no_lag():
+    assert "lag –" in shown(start(), ledger(1000, lag=0.012), stop(), is_live=False).text
 
 
 def test_a_bin_whose_q_is_unknown_is_shown_by_its_number():

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import lzma
+import threading
 import time
 import tracemalloc
 from collections import Counter
@@ -18,8 +19,9 @@ import pytest
 from cbor2 import CBORTag
 from dectris.compression import decompress
 
+from stream import wire
 from stream.errors import ConfigError, NotSeekable, SinkError, SourceError
-from stream.ingest.dectris import DectrisDecoder, DectrisSource
+from stream.ingest.dectris import LATENCY, DectrisDecoder, DectrisSource
 from stream.messages import FrameBatch, Rejected, RunStart, RunStop
 from stream.sinks import dectris_v1, dectris_v2
 from stream.sinks.dectris import DectrisSink
@@ -356,6 +358,52 @@ def test_geometry_that_is_not_finite_is_left_out_with_a_warning(caplog):
     assert "left out of what the detector says: {'beam_center_x': nan}" in caplog.text
 
 
+@pytest.mark.parametrize("value", [10**400, -(10**400), 10**5000, 2**63, 1e300, "8 keV", [1]], ids=type)
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        ("incident_energy", "incident_energy"),
+        ("beam_center_x", "beam_center_x"),
+        ("pixel_size_y", "y_pixel_size"),
+        ("user_data", "detector_distance"),
+    ],
+)
+def test_geometry_that_no_detector_has_is_left_out_whatever_it_is(sent, told, value):
+    given = {told: value} if sent == "user_data" else value
+    start, _ = decode([hostile.v2_start(**{sent: given}, detector_description="Eiger"), hostile.v2_image()])
+    wire.check_start(start)
+    assert told not in start.metadata
+    assert start.metadata["detector"] == "Eiger"
+
+
+@pytest.mark.parametrize("key", ["photon_energy", "beam_center_x", "x_pixel_size"])
+def test_v1_geometry_that_no_detector_has_is_left_out(key):
+    start, _ = decode([hostile.v1_header(**{key: 10**400}), hostile.v1_image()])
+    assert {*start.metadata} == {"series_id", "n_frames"}
+
+
+def test_a_description_too_long_to_keep_is_left_out_and_the_rest_stays(caplog):
+    described = hostile.v2_start(detector_description="x" * 2**21, incident_energy=8000, user_data={"sample": "gel"})
+    start, _ = decode([described, hostile.v2_image()])
+    assert start.metadata == {"series_id": 1, "incident_energy": 8.0, "sample": "gel", "n_frames": 4}
+    assert "left out of what the detector says: {'detector': 'xxx" in caplog.text
+
+
+@pytest.mark.parametrize("n", [4085, 4092])
+def test_user_data_that_leaves_no_room_for_what_a_pipeline_adds_is_left_out(n):
+    start, _ = decode([hostile.v2_start(user_data={f"k{i}": i for i in range(n)}), hostile.v2_image()])
+    wire.check_start(start)
+    assert ("k0" in start.metadata) is (n == 4085)
+
+
+@pytest.mark.parametrize("header", [hostile.v1_header, hostile.v2_start])
+def test_an_exposure_longer_than_frame_time_becomes_frame_time(header, caplog):
+    image = hostile.v1_image if header is hostile.v1_header else hostile.v2_image
+    start, _ = decode([header(frame_time=0.01, count_time=0.02), image()])
+    assert (start.frame_time, start.count_time) == (0.01, 0.01)
+    assert "count_time 0.02 s is longer than frame_time, 0.01 s" in caplog.text
+
+
 def test_the_distance_is_told_whichever_way_the_translation_points():
     start, _ = decode([hostile.v2_start(detector_translation=[0.0, 0.0, -0.15]), hostile.v2_image()])
     assert start.metadata["detector_distance"] == 0.15
@@ -395,7 +443,7 @@ def test_a_process_restarted_within_a_run_goes_on_without_its_start(version):
     decoded = decode([*image_messages(version, frames, first=4), end_message(version)])
     assert [type(message) for message in decoded] == [FrameBatch, RunStop]
     assert numbers_of(decoded) == [4, 5, 6, 7, 8, 9]
-    assert decoded[-1] == STOP
+    assert decoded[-1] == RunStop(run="series-1", n_frames=0, exit_status="success")  # 0: only the start tells how many
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -491,6 +539,32 @@ def test_a_source_closes_the_batch_and_says_so_when_nothing_comes():
         assert next(stream) is None
 
 
+def test_images_that_come_slowly_do_not_wait_for_their_batch_to_fill():
+    n, sent, stop = 150, [], threading.Event()
+
+    def send():
+        for parts in image_messages(2, counts(n)):
+            sent.append(time.monotonic())
+            sink.send(parts)
+            stop.wait(0.008)  # faster than a source finds that nothing came
+
+    with DectrisSink("tcp://127.0.0.1:*", timeout=10) as sink, DectrisSource(sink.address, batch=n) as source:
+        sender = threading.Thread(target=send)
+        sender.start()
+        received, sizes = 0, []
+        for message in source:
+            if message is not None:
+                late = time.monotonic() - sent[received]
+                assert late < LATENCY + 0.4, f"image {received} came {late} s late, in a batch of {len(message.frames)}"
+                sizes.append(len(message.frames))
+                received += sizes[-1]
+            if received == n:
+                break
+        stop.set()
+        sender.join()
+    assert max(sizes) > 1
+
+
 def test_a_source_cannot_go_back():
     with DectrisSource("tcp://127.0.0.1:9") as source:
         assert source.position() == {}
@@ -509,7 +583,7 @@ def test_an_address_that_is_none_is_named():
 def test_a_sink_that_nobody_receives_from_says_so():
     with (
         DectrisSink("tcp://127.0.0.1:*", timeout=0.05) as sink,
-        pytest.raises(SinkError, match=f"{sink.address}: no receiver"),
+        pytest.raises(SinkError, match=f"{sink.address}: nobody took anything for 0.05 s"),
     ):
         sink.write(START)
 
@@ -641,3 +715,17 @@ def test_an_image_kept_back_is_sent_before_the_end():
             sink.write(message)
         messages = receive(source)
     assert [type(message) for message in messages] == [RunStart, FrameBatch, RunStop]
+
+
+def test_a_detector_that_nobody_listens_to_ends_soon_once_it_is_stopped():
+    stop = threading.Event()
+    timer = threading.Timer(0.2, stop.set)
+    timer.start()
+    began = time.monotonic()
+    with (
+        DectrisSink("tcp://127.0.0.1:*", stop=stop) as sink,
+        pytest.raises(SinkError, match=f"{sink.address}: stopped while nobody received"),
+    ):
+        sink.write(START)
+    assert 0.2 <= time.monotonic() - began < 1.5
+    timer.join()

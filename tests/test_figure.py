@@ -188,7 +188,7 @@ def test_a_run_name_is_never_taken_for_mathematics(tmp_path):
 
 def test_the_result_of_another_program_is_refused_by_what_it_lacks(shared_data):
     with pytest.raises(
-        ConfigError, match=r"aps8idi_aerogel_result.nxs is not a result file .* xpcs/multitau/normalized_g2"
+        ConfigError, match=r"aps8idi_aerogel_result.nxs is not a result file .* entry/entry_identifier$"
     ):
         draw(shared_data / "aps8idi_aerogel_result.nxs")
 

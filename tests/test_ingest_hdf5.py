@@ -185,7 +185,14 @@ def test_the_position_before_the_first_message_leads_to_the_beginning(damaged):
 
 def test_a_position_outside_the_file_is_refused(damaged):
     with Hdf5Source(damaged) as source, pytest.raises(SourceError, match=r"position 99 .* 23 frames"):
-        source.seek({"frame": 99})
+        source.seek({"x_master:frame": 99})
+
+
+def test_a_position_of_another_run_is_refused(damaged, tmp_path):
+    with Hdf5Source(write(tmp_path / "other.h5")) as other, Hdf5Source(damaged) as source:
+        assert other.position() == {"other:frame": -1}
+        with pytest.raises(SourceError, match=r"x_master: \{'other:frame': -1\} is a position of another source"):
+            source.seek(other.position())
 
 
 # Frames that are not there
@@ -458,10 +465,10 @@ def test_a_number_in_an_unknown_unit_is_left_out_with_a_warning(tmp_path, caplog
     assert "beam_center_x is 17.0 furlong" in caplog.text
 
 
-@pytest.mark.parametrize("value", [None, np.nan, np.inf, 0.0, -1.0, "soon", [0.1, 0.2]])
+@pytest.mark.parametrize("value", [None, np.nan, np.inf, 0.0, -1.0, 1e300, "soon", [0.1, 0.2]])
 def test_without_a_usable_frame_time_the_message_says_where_to_give_it(tmp_path, value):
     path = write(tmp_path / "x.h5", fields=[] if value is None else [("entry/instrument/detector/frame_time", value)])
-    with pytest.raises(ConfigError, match=r"frame_time is .*frame_time=, or in /entry/instrument/detector/frame_time"):
+    with pytest.raises(ConfigError, match=r"x\.h5.* frame time.*: give --frame-time \(source\.frame_time\)"):
         Hdf5Source(path)
 
 
@@ -489,7 +496,10 @@ def test_frames_are_timed_from_start_time(tmp_path, text, ns):
     assert timestamps == [ns, ns + 2_000_000_000, ns + 4_000_000_000]
 
 
-@pytest.mark.parametrize("fields", [[], [("entry/start_time", "Tue Feb 18 15:30:30 2020")]])
+BAD_DATES = ("Tue Feb 18 15:30:30 2020", "1066-10-14T09:00:00Z", "9999-12-31T23:59:59-12:00", "0001-01-01T00:00:00")
+
+
+@pytest.mark.parametrize("fields", [[], *([("entry/start_time", date)] for date in BAD_DATES)])
 def test_frames_are_timed_from_the_modification_time_where_there_is_no_start_time(tmp_path, fields):
     path = write(tmp_path / "x.h5", fields=fields)
     os.utime(path, ns=(5, 7_000_000_000))
@@ -603,15 +613,31 @@ def test_of_chunks_larger_than_a_read_just_the_frames_of_bad_ones_are_lost(tmp_p
 
 def test_a_file_without_frames_where_they_are_sought_says_how_to_name_them(tmp_path):
     path = write(tmp_path / "x.h5", name="elsewhere")
-    with pytest.raises(ConfigError, match=r"no frames at /entry/data/data; say where they are with dataset="):
+    with pytest.raises(ConfigError, match=r"no frames at /entry/data/data; say where they are with source\.dataset"):
         Hdf5Source(path)
 
 
 def test_a_file_that_is_missing_or_not_hdf5_is_named(tmp_path):
     (tmp_path / "text.h5").write_text("not HDF5")
-    for name in ("text.h5", "missing.h5"):
-        with pytest.raises(SourceError, match=name):
+    for name, says in (("text.h5", "cannot be read as HDF5"), ("missing.h5", ": no such file")):
+        with pytest.raises(SourceError, match=f"{name}{says}" if says[0] == ":" else f"{name} {says}"):
             Hdf5Source(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("sample/name", "x" * 2**20, "a header of"),
+        ("entry_identifier", "x" * 300, "run = 'xxx"),
+    ],
+)
+def test_a_file_that_says_more_than_a_message_holds_is_refused(tmp_path, field, value, says):
+    with pytest.raises(SourceError, match=rf"x\.h5: start: {says}"):
+        Hdf5Source(write(tmp_path / "x.h5", fields=[(f"entry/{field}", value)]), frame_time=1)
+
+
+def test_an_empty_identifier_is_none(tmp_path):
+    assert start(write(tmp_path / "x.h5", fields=[("entry/entry_identifier", "")]), frame_time=1).run == "x"
 
 
 @pytest.mark.parametrize("part", [b"TREE", b"SNOD", b"HEAP"])

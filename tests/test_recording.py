@@ -131,8 +131,8 @@ def test_what_is_no_recording_is_a_decode_error_that_names_file_and_message(tmp_
 
 
 def test_a_missing_recording_is_named(tmp_path):
-    with pytest.raises(SourceError, match=r"missing\.cbors"):
-        list(RecordingSource(tmp_path / "missing.cbors"))
+    with pytest.raises(SourceError, match=r"missing\.cbors: no such file"):
+        RecordingSource(tmp_path / "missing.cbors")
 
 
 # The source
@@ -168,6 +168,36 @@ def test_frames_before_the_damage_come_and_then_a_rejected(tmp_path):
     assert batch.frames[:, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
     assert isinstance(rejected, Rejected)
     assert "message 7 of the recording" in rejected.reason
+
+
+@pytest.mark.parametrize("damage", [b"", bytes(5000)])
+@pytest.mark.parametrize("size", [100, 30_000])
+def test_all_messages_before_the_damage_of_an_xz_come(tmp_path, size, damage):
+    path = tmp_path / "x.cbors.xz"
+    sent = [[np.random.default_rng(i).bytes(size)] for i in range(50)]
+    record(sent, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 6 // 10] + damage)
+    came = []
+    with pytest.raises(DecodeError, match=r"x\.cbors\.xz: message \d+ of the recording"):
+        came.extend(messages(path))
+    assert came[:28] == sent[:28]
+
+
+def test_a_text_that_calls_itself_a_recording_is_rejected(tmp_path):
+    (tmp_path / "x.cbors.xz").write_text("not a recording")
+    [rejected] = RecordingSource(tmp_path / "x.cbors.xz")
+    assert "x.cbors.xz: message 0 of the recording" in rejected.reason
+
+
+def test_a_position_of_another_recording_is_refused(tmp_path):
+    for name in ("x.cbors", "y.cbors"):
+        record(small_series(), tmp_path / name)
+    source = RecordingSource(tmp_path / "x.cbors")
+    next(iter(source))
+    assert source.position() == {"x.cbors:message": 1}
+    with pytest.raises(SourceError, match=r"y\.cbors: \{'x\.cbors:message': 1\} is a position of another source"):
+        RecordingSource(tmp_path / "y.cbors").seek(source.position())
 
 
 @pytest.mark.parametrize(("name", "n_frames"), [(V1, 9), (V2, 10)])

@@ -190,15 +190,24 @@ def test_going_on_from_any_position_equals_not_having_been_interrupted():
 
 def test_it_goes_on_within_a_batch():
     resumed = source(n_frames=20, batch=6)
-    resumed.seek({"run": 0, "frame": 4})
+    resumed.seek({"r:run": 0, "r:frame": 4})
     batch = next(iter(resumed))
     assert batch.first == 4
     assert np.array_equal(batch.frames, simulate(n_frames=20)[1][4:10])
 
 
-@pytest.mark.parametrize("position", [{"run": 0, "frame": 401}, {"run": 2, "frame": 0}, {"run": -1}, {"frame": -2}])
+@pytest.mark.parametrize(
+    "position", [{"r:run": 0, "r:frame": 401}, {"r:run": 2, "r:frame": 0}, {"r:run": -1}, {"r:frame": -2}]
+)
 def test_a_position_that_does_not_exist_is_refused(position):
     with pytest.raises(SourceError, match="no frame"):
+        source().seek(position)
+
+
+def test_a_position_of_another_simulation_is_refused():
+    position = source(run="other").position()
+    assert position == {"other:run": 0, "other:frame": -1}
+    with pytest.raises(SourceError, match=r"r: .*'other:run': 0.* is a position of another source: not r:run, r:frame"):
         source().seek(position)
 
 
@@ -276,6 +285,8 @@ def test_a_run_without_a_name_is_given_one_of_its_own():
         ({"mean_counts": math.nan}, "mean_counts has nan"),
         ({"mean_counts": 1e7}, r"mean_counts 1e\+07"),
         ({"mean_counts": np.ones((4, 5))}, r"mean_counts is \(4, 5\)"),
+        ({"run": "x" * 257}, "run = 'xxx"),
+        ({"metadata": {"sample": b"x"}}, "metadata.sample = b'x'"),
         ({"masked": np.ones((4, 5), bool)}, r"masked is \(4, 5\)"),
     ],
 )

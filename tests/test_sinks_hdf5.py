@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -102,11 +103,12 @@ def make_outputs(qmap, run="run-1", n_frames=N_FRAMES, n_pairs=None, **metadata)
 def write_run(path, qmap=None, outputs=None, configuration=""):
     """Write one run through the sink and return its file."""
     qmap = qmap or make_qmap()
-    with Hdf5Sink(path, qmap=qmap, configuration=configuration) as sink:
+    written = []
+    with Hdf5Sink(path, qmap=qmap, configuration=configuration, on_written=written.append) as sink:
         for output in outputs or make_outputs(qmap):
             sink.write(output)
         sink.flush()
-    return sink.written[-1]
+    return written[-1]
 
 
 def aborted(qmap):
@@ -333,13 +335,14 @@ def test_only_final_results_count_and_the_one_that_knows_most_frames_stays(tmp_p
 def test_interleaved_runs_do_not_mix(tmp_path):
     qmap = make_qmap()
     one, two = make_outputs(qmap, run="one", sample="gold"), make_outputs(qmap, run="two", sample="silica")
-    with Hdf5Sink(tmp_path / "{run}.h5", qmap=qmap) as sink:
+    written = []
+    with Hdf5Sink(tmp_path / "{run}.h5", qmap=qmap, on_written=written.append) as sink:
         for pair in zip(one, two, strict=True):
             for output in pair:
                 sink.write(output)
-    assert sink.written == [tmp_path / "one.h5", tmp_path / "two.h5"]
+    assert written == [tmp_path / "one.h5", tmp_path / "two.h5"]
     samples = []
-    for path in sink.written:
+    for path in written:
         with h5py.File(path) as file:
             samples.append(file["entry/sample/name"].asstr()[()])
     assert samples == ["gold", "silica"]
@@ -575,3 +578,15 @@ def test_a_map_that_the_viewer_could_not_load_is_refused_at_once(tmp_path):
     del qmap["static_index_mapping"], qmap["attributes"]["hash"]
     with pytest.raises(ConfigError, match="lacks static_index_mapping, attributes: hash"):
         Hdf5Sink(tmp_path / "result.h5", qmap=qmap)
+
+
+@pytest.mark.parametrize("name", ["file/result.h5", "file/{run}/result.h5"])
+def test_a_place_where_nothing_can_be_written_is_refused_at_once(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SinkError, match=rf"{re.escape(str(tmp_path / name))}: (Not a directory|File exists)"):
+        Hdf5Sink(tmp_path / name, qmap=make_qmap())
+
+
+def test_the_folder_is_made_before_the_first_run_and_nothing_is_left_in_it(tmp_path):
+    Hdf5Sink(tmp_path / "a" / "b" / "{run}" / "result.h5", qmap=make_qmap())
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "b"]

@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 
 from stream.errors import DecodeError
 from stream.messages import FrameBatch, Result, RunStart, RunStop
-from stream.wire import MAX_FRAME_BYTES, decode, encode, pack_arrays, unpack_arrays
+from stream.wire import MAX_COUNT, MAX_FRAME_BYTES, MAX_LENGTH, check_start, decode, encode, pack_arrays, unpack_arrays
 from tests import hostile
 
 
@@ -160,7 +160,7 @@ def test_the_checksum_is_crc32c_castagnoli():
 
 
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
-counts = st.integers(0, 2**63 - 1)
+counts = st.integers(0, MAX_COUNT)
 regions = st.integers(0, 2**31 - 1)
 plain = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text(max_size=9),
@@ -184,11 +184,11 @@ batches = st.builds(
     FrameBatch,
     run=names,
     region=regions,
-    first=st.integers(0, 2**63 - 9),
+    first=st.integers(0, MAX_COUNT - 5),
     frames=hnp.arrays(
         st.sampled_from(["|u1", "<u2", "<u4"]), hnp.array_shapes(min_dims=3, max_dims=3, min_side=1, max_side=5)
     ),
-    timestamp_ns=counts,
+    timestamp_ns=st.integers(0, 2**63 - 1),
 )
 stops = st.builds(
     RunStop, run=names, region=regions, n_frames=counts, exit_status=st.sampled_from(["success", "abort", "fail"])
@@ -342,6 +342,7 @@ def test_count_time_may_exceed_frame_time_by_single_precision():
         (a_start(shape=(MAX_FRAME_BYTES, 1)), "bytes a frame, more than"),
         (a_start(metadata={"a": np.ones(2)}), "metadata.a = array"),
         (a_start(metadata={"a": 2**64}), "metadata.a = 18446744073709551616"),
+        (a_start(metadata={"a": 10**5000}), "metadata.a = .int too long to show. is not a number of 64 bits"),
         (a_start(metadata={"detector_distance": float("inf")}), "metadata.detector_distance = inf"),
         (a_start(metadata={"a": "x" * 2**20}), "a header of"),
         (FrameBatch(run=RUN, first=0, frames=COUNTS[0], timestamp_ns=T0), r"shape \(3, 4\)"),
@@ -364,6 +365,16 @@ def test_count_time_may_exceed_frame_time_by_single_precision():
 def test_what_could_not_be_read_is_not_written(message, says):
     with pytest.raises(ValueError, match=says):
         encode(message)
+
+
+def test_a_start_that_leaves_no_room_for_what_a_pipeline_adds_is_refused():
+    entries = {f"k{i}": i for i in range(MAX_LENGTH)}
+    check_start(a_start(metadata=dict([*entries.items()][:-10])))
+    check_start(a_start(metadata={"a": "x" * (2**20 - 5000)}))
+    for full, says in (({"a": "x" * (2**20 - 300)}, "a header of"), (entries, "entries, more than 4096")):
+        encode(a_start(metadata=full))
+        with pytest.raises(ValueError, match=says):
+            check_start(a_start(metadata=full))
 
 
 def test_a_table_that_does_not_add_up_to_its_payload_is_refused():

@@ -1,6 +1,7 @@
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -97,6 +98,16 @@ def test_what_is_unreadable_is_rejected_with_its_reason_and_the_next_frames_stil
     assert good.frames.tobytes() == hostile.PAYLOAD
 
 
+def test_a_start_that_a_pipeline_could_not_add_to_is_rejected():
+    full = replace(start(), metadata={f"k{i}": i for i in range(4096)})
+    with ZmqSink(ANYWHERE, pattern="push") as sink, ZmqSource(sink.address) as source:
+        sink.write(full)
+        sink.write(start())
+        rejected, then = take(2, source)
+    assert rejected.reason == f"{source.address}: run 'a': start: metadata has 4104 entries, more than 4096"
+    assert what(then) == what(start())
+
+
 def test_a_result_is_rejected_where_frames_are_expected():
     with ZmqSink(ANYWHERE, pattern="push") as sink, ZmqSource(sink.address) as source:
         sink.write(result(8))
@@ -150,6 +161,40 @@ def test_a_push_fails_when_nobody_takes_anything(bind):
         with pytest.raises(SinkError, match=f"{sink.address}: nobody took anything for 0.2 s"):
             list(writes)
     assert 0.2 <= time.monotonic() - began < 5
+
+
+def test_a_push_that_nobody_takes_ends_soon_once_it_is_stopped():
+    stop_sending = threading.Event()
+    timer = threading.Timer(0.2, stop_sending.set)
+    timer.start()
+    began = time.monotonic()
+    with (
+        ZmqSink(ANYWHERE, pattern="push", stop=stop_sending) as sink,
+        pytest.raises(SinkError, match=f"{sink.address}: stopped while nobody received"),
+    ):
+        sink.write(start())
+    assert 0.2 <= time.monotonic() - began < 1.5
+    timer.join()
+
+
+def test_a_stopped_push_still_reaches_a_receiver_that_takes_it():
+    stop_sending = threading.Event()
+    stop_sending.set()
+    with ZmqSink(ANYWHERE, pattern="push", stop=stop_sending) as sink, ZmqSource(sink.address) as source:
+        stream = iter(source)
+        assert next(stream) is None
+        sink.write(stop())
+        assert whats(take(1, stream)) == whats([stop()])
+
+
+def test_a_stopped_push_is_not_held_up_on_closing_by_a_receiver_that_takes_nothing(address_of_nobody):
+    stop_sending = threading.Event()
+    sink = ZmqSink(address_of_nobody, pattern="push", bind=False, stop=stop_sending)
+    with sink:
+        sink.write(start())
+        stop_sending.set()
+        began = time.monotonic()
+    assert time.monotonic() - began < 10  # not 60
 
 
 def test_a_message_that_does_not_fit_our_wire_is_a_sink_error():

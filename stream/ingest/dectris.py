@@ -15,7 +15,7 @@ from stream.errors import DecodeError, NotSeekable, SourceError
 from stream.ingest import dectris_v1, dectris_v2
 from stream.ingest.dectris_messages import End, Image, Start
 from stream.messages import FrameBatch, Message, Position, Rejected, RunStart, RunStop
-from stream.wire import MAX_MESSAGE_BYTES, Buffer
+from stream.wire import MAX_MESSAGE_BYTES, Buffer, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,9 @@ class DectrisDecoder:
     """Make our messages of a detector's: `feed` one after the other, call `idle` when nothing came.
 
     A RunStart is told with the first image of its series, since only images know their shape and type; a series without
-    images is not told at all, and after a restart within a series there is no RunStart. Images of another series than
-    the one running (left over from an abort) become batches of their own run. Pixels that are masked or overflown have
+    images is not told at all. After a restart within a series there is no RunStart, and the RunStop has ``n_frames`` 0
+    and "success": only the start message told how many frames were planned. Images of another series than the one
+    running (left over from an abort) become batches of their own run. Pixels that are masked or overflown have
     the largest value of the dtype, also where the detector left it to us to apply its mask.
 
     Times of V2 are the detector's. V1 gives none that is absolute: its frames are timed by the detector's clock, from
@@ -89,7 +90,7 @@ class DectrisDecoder:
                     yield from self._stop(run)
         except DecodeError as error:
             yield from self.idle()
-            yield Rejected(reason=str(error))
+            yield Rejected(reason=one_line(str(error)))
 
     def idle(self) -> Iterator[Message]:
         """Close the open batch: nothing came for a while."""
@@ -149,13 +150,20 @@ class DectrisDecoder:
             series.masked = np.flatnonzero(mask)
         elif mask is not None:
             logger.warning("%s: pixel mask %s does not fit images %s: not applied", start.run, mask.shape, counts.shape)
+        if start.count_time > start.frame_time:
+            logger.warning(
+                "%s: count_time %g s is longer than frame_time, %g s, which is taken",
+                start.run,
+                start.count_time,
+                start.frame_time,
+            )
         yield RunStart(
             run=start.run,
             shape=counts.shape,
             dtype=counts.dtype.str,
             saturation_value=largest - 1,
             frame_time=start.frame_time,
-            count_time=start.count_time,
+            count_time=min(start.count_time, start.frame_time),
             metadata=start.metadata,
         )
 
@@ -164,8 +172,8 @@ class DectrisDecoder:
         if series.start is not None and not series.announced:
             logger.info("%s ended without an image", run)
         else:
-            planned = series.last + 1 if series.start is None else series.start.n_frames
-            complete = series.last + 1 == planned
+            planned = 0 if series.start is None else series.start.n_frames
+            complete = series.start is None or series.last + 1 == planned
             yield RunStop(run=run, n_frames=planned, exit_status="success" if complete else "abort")
         if series is self._series:
             self._series = None

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import reprlib
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,19 +14,21 @@ from dectris.compression import decompress
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stream import wire
 from stream.errors import DecodeError
 from stream.messages import RunStart
-from stream.wire import MAX_FRAME_BYTES
+from stream.wire import MAX_COUNT, MAX_FRAME_BYTES, MAX_SECONDS, check_start, shown, words
 
 logger = logging.getLogger(__name__)
 
 Codec = Literal["none", "bslz4", "lz4", "lz4 block"]
 """lz4 is framed as by the HDF5 filter (Stream V2); "lz4 block" is one bare LZ4 block (Stream V1)."""
 
-Count = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=0, lt=MAX_COUNT)]
 Planned = Annotated[int, Field(ge=1, lt=2**31)]
-Seconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
+
+MAX_TEXT = 2**16
+"""Characters of one text in the metadata."""
 
 _BITSHUFFLE_BLOCK = 8192
 _HDF5_FRAME = struct.Struct(">QI")  # bytes in all, bytes in a block
@@ -66,7 +67,8 @@ class Pixels:
     data: bytes | memoryview
 
     def __post_init__(self) -> None:
-        where = f"{self.shape[0]} x {self.shape[1]} pixels of {self.dtype}"
+        rows, columns = self.shape
+        where = f"{shown(rows)} x {shown(columns)} pixels of {self.dtype}"
         if min(self.shape) < 1 or self.nbytes > MAX_FRAME_BYTES:
             raise DecodeError(f"{where} are not 1 to {MAX_FRAME_BYTES} bytes")
         if self.codec == "none" and len(self.data) != self.nbytes:
@@ -144,10 +146,7 @@ def validate(check: Callable[[Any], FieldsT], value: object, where: str) -> Fiel
     try:
         return check(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join([where, *map(str, first["loc"])])
-        given = "" if first["type"] in ("missing", "json_invalid") else f" = {reprlib.repr(first['input'])}"
-        raise DecodeError(f"{place}{given}: {first['msg']}") from None
+        raise DecodeError(f"{where}: {words(error)}") from None
 
 
 def metadata(described: Mapping[str, Any], user: object, *, n_frames: int) -> dict[str, Any]:
@@ -172,6 +171,11 @@ def metadata(described: Mapping[str, Any], user: object, *, n_frames: int) -> di
     return entries
 
 
+def kilo(value: object) -> Any:
+    """Return a thousandth; what is no number that can be divided as it is, for `metadata` to leave out."""
+    return value / 1000 if isinstance(value, int | float) and abs(value) < _LARGE else value
+
+
 def _entries(user: object) -> dict[str, Any]:
     try:
         plain = json.loads(user if isinstance(user, str) else json.dumps(user))
@@ -180,38 +184,39 @@ def _entries(user: object) -> dict[str, Any]:
     return plain if isinstance(plain, dict) else {}
 
 
+_LARGE = 2**63
+
 _GEOMETRY = {
-    "incident_energy": 0.0,
-    "detector_distance": 0.0,
-    "x_pixel_size": 0.0,
-    "y_pixel_size": 0.0,
-    "beam_center_x": -math.inf,
-    "beam_center_y": -math.inf,
+    "incident_energy": 0,
+    "detector_distance": 0,
+    "x_pixel_size": 0,
+    "y_pixel_size": 0,
+    "beam_center_x": -_LARGE,
+    "beam_center_y": -_LARGE,
 }
 """What is calculated with, and what it must be larger than. Detectors send 0 for what nobody told them."""
 
 
 def _usable(entries: dict[str, Any], whose: str) -> dict[str, Any]:
     useless = {
-        name: entries[name]
-        for name, bound in _GEOMETRY.items()
-        if name in entries and not _is_number_above(bound, entries[name])
+        name: value
+        for name, value in entries.items()
+        if (name in _GEOMETRY and not _is_number_above(_GEOMETRY[name], value))
+        or (isinstance(value, str) and len(value) > MAX_TEXT)
     }
     if useless:
-        logger.warning("left out of what the %s says: %s", whose, reprlib.repr(useless))
+        logger.warning("left out of what the %s says: %s", whose, shown(useless))
     return {name: value for name, value in entries.items() if name not in useless}
 
 
-def _is_number_above(bound: float, value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value > bound
+def _is_number_above(bound: int, value: object) -> bool:
+    return isinstance(value, int | float) and bound < value < _LARGE
 
 
 def _travels(entries: dict[str, Any]) -> bool:
-    """Tell whether our own wire can carry it: what a gateway passes on is bounded there."""
+    """Tell whether our own wire can carry it: what a gateway or a checkpoint holds is bounded there."""
     try:
-        wire.encode(
-            RunStart(run="-", shape=(1, 1), dtype="|u1", frame_time=1.0, count_time=1.0, metadata=entries),
-        )
+        check_start(RunStart(run="-", shape=(1, 1), dtype="|u1", frame_time=1.0, count_time=1.0, metadata=entries))
     except ValueError:
         return False
     return True

@@ -26,6 +26,7 @@ from stream.ingest.dectris_messages import (
     Planned,
     Seconds,
     Start,
+    kilo,
     metadata,
     validate,
 )
@@ -117,7 +118,6 @@ def _start(run: str, series: int, parts: Sequence[Buffer]) -> Start:
     detector = validate(_Configuration.model_validate_json, _json(parts[1]), f"dheader of {run}")
     mask, appendix = _extras(parts[2:])
     n_frames = detector.nimages * detector.ntrigger
-    energy = detector.photon_energy
     return Start(
         run=run,
         n_frames=n_frames,
@@ -130,7 +130,7 @@ def _start(run: str, series: int, parts: Sequence[Buffer]) -> Start:
                 "series_id": series,
                 "start_time": detector.data_collection_date or None,
                 "detector": detector.description,
-                "incident_energy": energy / 1000 if isinstance(energy, int | float) else energy,  # eV
+                "incident_energy": kilo(detector.photon_energy),  # eV
                 "detector_distance": detector.detector_distance,
                 "beam_center_x": detector.beam_center_x,
                 "beam_center_y": detector.beam_center_y,

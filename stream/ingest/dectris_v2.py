@@ -22,10 +22,11 @@ from stream.ingest.dectris_messages import (
     Planned,
     Seconds,
     Start,
+    kilo,
     metadata,
     validate,
 )
-from stream.wire import Buffer
+from stream.wire import Buffer, shown
 
 _DTYPES = {64: "|u1", 69: "<u2", 70: "<u4"}
 _MAX_DEPTH = 32
@@ -110,7 +111,6 @@ def decode(parts: Sequence[Buffer]) -> Start | Image | End:
 
 def _start(run: str, start: _Start) -> Start:
     masks = {} if start.pixel_mask_enabled else start.pixel_mask
-    energy = start.incident_energy
     return Start(
         run=run,
         n_frames=start.number_of_images,
@@ -123,7 +123,7 @@ def _start(run: str, start: _Start) -> Start:
                 "series_id": start.series_id,
                 "start_time": None if start.arm_date is None else start.arm_date.isoformat(),
                 "detector": start.detector_description,
-                "incident_energy": energy / 1000 if isinstance(energy, int | float) else energy,  # eV
+                "incident_energy": kilo(start.incident_energy),  # eV
                 "detector_distance": _distance(start.detector_translation),
                 "beam_center_x": start.beam_center_x,
                 "beam_center_y": start.beam_center_y,
@@ -152,7 +152,7 @@ def _pixels(array: object, where: str) -> Pixels:
         case CBORTag(tag=56500, value=["lz4", _, bytes(data)]):
             return Pixels(shape=(rows, columns), dtype=dtype, codec="lz4", data=data)
         case CBORTag(tag=56500, value=[codec, size, bytes()]):
-            raise DecodeError(f"{where}: codec {codec!r:.80} of {size!r:.20} bytes is not lz4, or bslz4 of {dtype}")
+            raise DecodeError(f"{where}: codec {shown(codec)} of {shown(size)} bytes is not lz4, or bslz4 of {dtype}")
         case _:
             raise DecodeError(f"{where} has neither bytes nor compressed bytes")
 

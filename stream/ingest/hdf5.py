@@ -19,11 +19,9 @@ from numpy.typing import NDArray
 from stream.errors import ConfigError, SourceError
 from stream.ingest import nexus
 from stream.messages import ExitStatus, FrameBatch, Message, Position, Rejected, RunStop
+from stream.wire import MAX_FRAME_BYTES
 
 logger = logging.getLogger(__name__)
-
-MAX_FRAME_BYTES = 2**28
-"""More than the largest detector (64 Mpixel of 4 byte)."""
 
 MAX_READ_BYTES = 2**30
 """No more frames are read at once than fit into this, however large the chunks of the file are."""
@@ -106,6 +104,7 @@ class Hdf5Source:
         except (OSError, RuntimeError, KeyError, ValueError) as error:  # as h5py finds the file damaged
             raise SourceError(f"{path} is damaged: {error}") from error
         self._buffer = self._blocks[0].buffer(batch)
+        self._place = f"{self._start.run}:frame"
         self._next = -1
 
     def __enter__(self) -> Self:
@@ -127,8 +126,8 @@ class Hdf5Source:
             yield RunStop(run=self._start.run, n_frames=self._n_frames, exit_status=exit_status)
 
     def position(self) -> Position:
-        """Return the next frame: -1 before the RunStart, one more than there are frames after the RunStop."""
-        return {"frame": self._next}
+        """Return the run and its next frame: -1 before the RunStart, one more than it has after the RunStop."""
+        return {self._place: self._next}
 
     def seek(self, position: Position) -> None:
         """Go to a `position`; an empty one is the beginning.
@@ -136,9 +135,11 @@ class Hdf5Source:
         Raises
         ------
         SourceError
-            The file has no such frame.
+            It is that of another source, or the file has no such frame.
         """
-        frame = position.get("frame", -1)
+        if position.keys() - {self._place}:
+            raise SourceError(f"{self._start.run}: {dict(position)} is a position of another source: not {self._place}")
+        frame = position.get(self._place, -1)
         if not -1 <= frame <= self._n_frames + 1:
             raise SourceError(f"{self._start.run}: position {frame} is outside a file of {self._n_frames} frames")
         self._next = frame
@@ -239,6 +240,8 @@ def _open(path: Path) -> h5py.File:
     try:
         # A reader's lock could make the detector's own writer fail.
         return h5py.File(path, "r", locking=False)
+    except FileNotFoundError:
+        raise SourceError(f"{path}: no such file") from None
     except OSError as error:
         raise SourceError(f"{path} cannot be read as HDF5: {error}") from error
 
@@ -275,7 +278,9 @@ def _dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset:
     try:
         dataset = file[name]
     except (KeyError, OSError) as error:
-        raise ConfigError(f"{path}: no frames at {name}; say where they are with dataset= ({error})") from error
+        raise ConfigError(
+            f"{path}: no frames at {name}; say where they are with source.dataset in the configuration file ({error})"
+        ) from error
     if not isinstance(dataset, h5py.Dataset) or dataset.ndim != 3:
         raise SourceError(f"{path}: {name} is not a dataset of (n, rows, columns): {dataset}")
     if dataset.dtype.kind not in "ui" or dataset.dtype.itemsize > 4:

@@ -10,8 +10,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from stream.errors import ConfigError
+from stream.errors import ConfigError, SourceError
 from stream.messages import RunStart
+from stream.wire import MAX_SECONDS, check_start
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +20,8 @@ KEV_ANGSTROM = 12.398419843320026
 """h c (CODATA 2018)."""
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+LATEST = timedelta(seconds=MAX_SECONDS * 4)
+"""Well within 64 bits of ns."""
 
 UNITS: dict[str, dict[str, float]] = {
     "s": {"s": 1, "ms": 1e-3, "us": 1e-6, "ns": 1e-9},
@@ -112,22 +115,23 @@ def run_start(
     ------
     ConfigError
         frame_time is not to be found, or not a time.
+    SourceError
+        What the file says is too long, or no number where one is meant.
     """
     if frame_time is None:
         frame_time = said.get("frame_time")
-    if frame_time is None or not (math.isfinite(frame_time) and frame_time > 0):
-        raise ConfigError(
-            f"frame_time is {frame_time}: give it (s) with frame_time=, or in /entry/instrument/detector/frame_time of "
-            f"{path} or of {path.stem}_metadata.hdf"
-        )
+    if frame_time is None:
+        raise ConfigError(f"{path} does not tell the frame time: give --frame-time (source.frame_time)")
+    if not 0 < frame_time <= MAX_SECONDS:
+        raise ConfigError(f"{path}: a frame time of {frame_time} s is none: give --frame-time (source.frame_time)")
     count_time = said.get("count_time", frame_time)
     if not 0 < count_time <= frame_time:
         logger.warning(
             "%s: count_time %g s is not within frame_time, %g s, which is taken", path, count_time, frame_time
         )
         count_time = frame_time
-    return RunStart(
-        run=said.get("entry_identifier", path.stem),
+    start = RunStart(
+        run=said.get("entry_identifier") or path.stem,
         shape=shape,
         dtype=np.dtype(f"<u{dtype.itemsize}").str,
         saturation_value=_saturation_value(said, dtype),
@@ -135,6 +139,11 @@ def run_start(
         count_time=count_time,
         metadata={"n_frames": n_frames} | {name: said[name] for name in METADATA if name in said},
     )
+    try:
+        check_start(start)
+    except ValueError as error:
+        raise SourceError(f"{path}: {error}") from None
+    return start
 
 
 def start_ns(path: Path, said: dict[str, Any]) -> int:
@@ -142,9 +151,12 @@ def start_ns(path: Path, said: dict[str, Any]) -> int:
     start_time = said.get("start_time")
     if start_time is not None:
         try:
-            return (datetime.fromisoformat(start_time).astimezone(UTC) - EPOCH) // timedelta(microseconds=1) * 1000
-        except ValueError:
-            logger.warning("%s: start_time %r is not ISO 8601; taking the modification time", path, start_time)
+            since = datetime.fromisoformat(start_time).astimezone(UTC) - EPOCH
+        except (ValueError, OverflowError):
+            since = timedelta(-1)
+        if timedelta(0) <= since < LATEST:
+            return since // timedelta(microseconds=1) * 1000
+        logger.warning("%s: start_time %.80r is no date since 1970; taking the modification time", path, start_time)
     return path.stat().st_mtime_ns
 
 

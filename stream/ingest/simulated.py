@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from stream.errors import ConfigError, SourceError
 from stream.ingest.speckle import Speckle, exponentials
 from stream.messages import DTYPES, FrameBatch, Message, Position, RunStart, RunStop
+from stream.wire import check_start
 
 MAX_MEAN_COUNTS = 1e6
 """Keeps the brightest speckle within 32 bits."""
@@ -119,6 +120,7 @@ class SimulatedSource:
         self._dtype = np.dtype(dtype)
         self._seed = seed
         self._run = run if run is not None else str(uuid.uuid4())
+        self._places = f"{self._run}:run", f"{self._run}:frame"
         self._n_runs = runs
         self._batch = batch
         self._start_time_ns = start_time_ns if start_time_ns is not None else time.time_ns()
@@ -134,6 +136,10 @@ class SimulatedSource:
         self._threads = threads
         self._run_index = 0
         self._next = -1
+        try:
+            check_start(self._run_start(self._start_time_ns))
+        except ValueError as error:
+            raise ConfigError(f"{error}") from None
 
     def __enter__(self) -> Self:
         return self
@@ -148,8 +154,8 @@ class SimulatedSource:
                 yield from self._one_run(threads)
 
     def position(self) -> Position:
-        """Return the run and its next frame, -1 before its RunStart."""
-        return {"run": self._run_index, "frame": self._next}
+        """Return the run's index and its next frame, -1 before its RunStart."""
+        return dict(zip(self._places, (self._run_index, self._next), strict=True))
 
     def seek(self, position: Position) -> None:
         """Go to a `position`; an empty one is the beginning. The frames before it are computed and thrown away.
@@ -157,9 +163,13 @@ class SimulatedSource:
         Raises
         ------
         SourceError
-            There is no such run or frame.
+            It is that of another source, or there is no such run or frame.
         """
-        run_index, frame = position.get("run", 0), position.get("frame", -1)
+        if position.keys() - {*self._places}:
+            raise SourceError(
+                f"{self._run}: {dict(position)} is a position of another source: not {', '.join(self._places)}"
+            )
+        run_index, frame = (position.get(place, first) for place, first in zip(self._places, (0, -1), strict=True))
         if not (0 <= run_index <= self._n_runs and -1 <= frame <= self._n_frames):
             raise SourceError(
                 f"no frame {frame} of run {run_index} among {self._n_runs} runs of {self._n_frames} frames"
@@ -167,12 +177,13 @@ class SimulatedSource:
         self._run_index, self._next = run_index, frame
 
     def _one_run(self, threads: ThreadPoolExecutor) -> Iterator[Message]:
-        run = self._run if self._run_index == 0 else f"{self._run}-{self._run_index}"
         frame_ns = self._frame_time * 1e9
         start_ns = self._start_time_ns + round(self._run_index * self._n_frames * frame_ns)
+        start = self._run_start(start_ns)
+        run = start.run
         if self._next < 0:
             self._next = 0
-            yield self._run_start(run, start_ns)
+            yield start
         if self._next < self._n_frames:
             speckle = Speckle(
                 intensity=np.where(self._masked, 0, self._mean),
@@ -199,11 +210,11 @@ class SimulatedSource:
         frames.flags.writeable = False
         return frames
 
-    def _run_start(self, run: str, start_ns: int) -> RunStart:
+    def _run_start(self, start_ns: int) -> RunStart:
         rows, columns = self._rate.shape
         start_time = datetime.fromtimestamp(start_ns / 1e9, UTC).isoformat()
         return RunStart(
-            run=run,
+            run=self._run if self._run_index == 0 else f"{self._run}-{self._run_index}",
             shape=(rows, columns),
             dtype=self._dtype.str,
             saturation_value=int(np.iinfo(self._dtype).max) - 1,

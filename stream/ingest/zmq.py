@@ -1,14 +1,13 @@
 """Our wire (`stream.wire`) over ZeroMQ, receiving end."""
 
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Self
 
 import zmq
 
 from stream.errors import DecodeError, NotSeekable, SourceError
 from stream.messages import FrameBatch, Message, Output, Position, Rejected, Result, RunStart, RunStop
-from stream.wire import MAX_MESSAGE_BYTES, decode
+from stream.wire import MAX_MESSAGE_BYTES, check_start, decode
 
 POLL_MS = 50
 
@@ -37,26 +36,25 @@ class ZmqSource:
     """
 
     def __init__(self, address: str, *, bind: bool = False) -> None:
-        self._socket = _open(zmq.PULL, address, bind=bind)
-        self.address = self._socket.get_string(zmq.LAST_ENDPOINT)
+        self._receiver = _Receiver(zmq.PULL, address, bind=bind)
+        self.address = self._receiver.address
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        _close(self._socket)
+    def __exit__(self, *exc: object) -> None:
+        self._receiver.close()
 
     def __iter__(self) -> Iterator[Message | None]:
         """Yield messages as they come, `Rejected` for what is not one, None when nothing came for 0.05 s."""
-        for message in _receive(self._socket, self.address):
-            if isinstance(message, Result):
-                yield Rejected(
-                    reason=f"{self.address}: a result of {message.operator!r} came where frames are expected"
-                )
-            else:
-                yield message
+        for message in self._receiver.messages():
+            match message:
+                case Result(operator=name):
+                    yield Rejected(reason=f"{self.address}: a result of {name!r} came where frames are expected")
+                case RunStart():
+                    yield self._checked(message)
+                case _:
+                    yield message
 
     def position(self) -> Position:
         """Return {}: what was received is gone from the sender."""
@@ -67,90 +65,78 @@ class ZmqSource:
         if position:
             raise NotSeekable(f"{self.address}: ZeroMQ cannot go back to {dict(position)}")
 
+    def _checked(self, start: RunStart) -> RunStart | Rejected:
+        try:
+            check_start(start)
+        except ValueError as error:
+            return Rejected(reason=f"{self.address}: run {start.run!r}: {error}")
+        return start
+
 
 class ZmqResults:
-    """Results published by a `stream.sinks.zmq.ZmqSink`, of all regions and operators.
+    """Results published by a `stream.sinks.zmq.ZmqSink`, of all regions and operators; otherwise as `ZmqSource`.
 
     Starts with the newest of everything, however late it joins. Anything may come twice.
-
-    Parameters
-    ----------
-    address
-        ``tcp://host:port``
-    bind
-        Wait there for the publisher, instead of going to it.
-
-    Attributes
-    ----------
-    address
-        The same, with the port that was found where ``tcp://host:*`` was asked for.
-
-    Raises
-    ------
-    SourceError
-        The address cannot be used.
     """
 
     def __init__(self, address: str, *, bind: bool = False) -> None:
-        self._socket = _open(zmq.SUB, address, bind=bind)
-        self.address = self._socket.get_string(zmq.LAST_ENDPOINT)
+        self._receiver = _Receiver(zmq.SUB, address, bind=bind)
+        self.address = self._receiver.address
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        _close(self._socket)
+    def __exit__(self, *exc: object) -> None:
+        self._receiver.close()
 
     def __iter__(self) -> Iterator[RunStart | RunStop | Result | Rejected | None]:
         """Yield messages as they come, `Rejected` for what is not one, None when nothing came for 0.05 s."""
-        for message in _receive(self._socket, self.address):
-            if isinstance(message, FrameBatch):
-                yield Rejected(reason=f"{self.address}: frames of run {message.run!r} came where results are expected")
+        for message in self._receiver.messages():
+            match message:
+                case FrameBatch(run=run):
+                    yield Rejected(reason=f"{self.address}: frames of run {run!r} came where results are expected")
+                case _:
+                    yield message
+
+
+class _Receiver:
+    """A socket of its own, and our wire on it."""
+
+    def __init__(self, kind: int, address: str, *, bind: bool) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(kind)
+        self._socket.rcvhwm = 8  # messages of many frames each; behind them the sender waits
+        self._socket.maxmsgsize = MAX_MESSAGE_BYTES
+        self._socket.linger = 0  # nothing is ever sent
+        self._socket.reconnect_ivl_max = 1000  # ms
+        self._socket.tcp_keepalive = 1  # notices a sender that vanished
+        self._socket.tcp_keepalive_idle = 60  # s
+        if kind == zmq.SUB:
+            self._socket.subscribe(b"")
+        try:
+            if bind:
+                self._socket.bind(address)
             else:
-                yield message
-
-
-def _open(kind: int, address: str, *, bind: bool) -> zmq.Socket[bytes]:
-    socket = zmq.Context().socket(kind)
-    socket.rcvhwm = 8  # messages of many frames each; behind them the sender waits
-    socket.maxmsgsize = MAX_MESSAGE_BYTES
-    socket.linger = 0  # nothing is ever sent
-    socket.reconnect_ivl_max = 1000  # ms
-    socket.tcp_keepalive = 1  # notices a sender that vanished
-    socket.tcp_keepalive_idle = 60  # s
-    if kind == zmq.SUB:
-        socket.subscribe(b"")
-    try:
-        if bind:
-            socket.bind(address)
-        else:
-            socket.connect(address)
-    except zmq.ZMQError as error:
-        _close(socket)
-        raise SourceError(f"{address}: {error}") from error
-    return socket
-
-
-def _close(socket: zmq.Socket[bytes]) -> None:
-    context = socket.context
-    socket.close()
-    context.term()
-
-
-def _receive(socket: zmq.Socket[bytes], address: str) -> Iterator[Output | Rejected | None]:
-    while True:
-        try:
-            parts = socket.recv_multipart(copy=False) if socket.poll(POLL_MS) else None
+                self._socket.connect(address)
         except zmq.ZMQError as error:
+            self.close()
             raise SourceError(f"{address}: {error}") from error
-        if parts is None:
-            yield None
-            continue
-        message: Output | Rejected
-        try:
-            message = decode([part.buffer for part in parts])
-        except DecodeError as error:
-            message = Rejected(reason=f"{address}: {error}")
-        yield message
+        self.address = self._socket.get_string(zmq.LAST_ENDPOINT)
+
+    def messages(self) -> Iterator[Output | Rejected | None]:
+        while True:
+            try:
+                parts = self._socket.recv_multipart(copy=False) if self._socket.poll(POLL_MS) else None
+            except zmq.ZMQError as error:
+                raise SourceError(f"{self.address}: {error}") from error
+            message: Output | Rejected | None = None
+            if parts is not None:
+                try:
+                    message = decode([part.buffer for part in parts])
+                except DecodeError as error:
+                    message = Rejected(reason=f"{self.address}: {error}")
+            yield message
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()

@@ -19,8 +19,16 @@ from rich.text import Text
 from stream.messages import Arrays, Output, Result, RunStart, RunStop
 
 WIDTH = 90
-MOST_BINS = 8
+FEWEST_BINS = 12
+"""q shown however low the terminal is; more where they fit."""
+
+OTHER_LINES = 10
+"""Lines of the display that are not of a q."""
+
 MOST_DELAYS = 6
+
+LONGEST_LAG = 3600.0
+"""Seconds above which it is the clocks that differ, or frames that were measured long ago."""
 
 FEW_PAIRS = 32
 """g2 of delays with fewer pairs of frames is shown pale."""
@@ -45,11 +53,14 @@ class ConsoleSink:
         Where to; standard output if None.
     q
         (n_dynamic,) Of each dynamic bin (1/angstrom), NaN if unknown.
+    is_live
+        Whether frames come from a detector now: only then it is said how long ago they were.
     """
 
-    def __init__(self, console: Console | None = None, *, q: Sequence[float]) -> None:
+    def __init__(self, console: Console | None = None, *, q: Sequence[float], is_live: bool = True) -> None:
         self._console = console or Console()
         self._q = q
+        self._is_live = is_live
         self._live: Live | None = None
         self._run: _Run | None = None
         self._line_due = 0.0
@@ -67,7 +78,7 @@ class ConsoleSink:
         match output:
             case RunStart():
                 self._finish()
-                self._run = _Run(output)
+                self._run = _Run(output, is_live=self._is_live)
                 if self._console.is_terminal:
                     self._live = Live(console=self._console, auto_refresh=False)
                     self._live.start()
@@ -78,7 +89,7 @@ class ConsoleSink:
             case _:
                 return
         if self._live:
-            self._live.update(_display(self._run, self._q, min(WIDTH, self._console.width)), refresh=True)
+            self._live.update(_display(self._run, self._q, self._console), refresh=True)
         elif isinstance(output, Result) and output.operator == "ledger" and time.monotonic() >= self._line_due:
             self._line_due = time.monotonic() + LINE_EVERY
             self._console.print(_line(self._run), soft_wrap=True, highlight=False)
@@ -92,13 +103,14 @@ class ConsoleSink:
         if self._live:
             self._live.stop()
         elif self._run and self._run.stop:
-            self._console.print(_display(self._run, self._q, min(WIDTH, self._console.width)))
+            self._console.print(_display(self._run, self._q, self._console))
         self._live = self._run = None
 
 
 class _Run:
-    def __init__(self, start: RunStart) -> None:
+    def __init__(self, start: RunStart, *, is_live: bool) -> None:
         self.start = start
+        self._is_live = is_live
         self.stop: RunStop | None = None
         self.ledger: Arrays = {name: np.array(0) for name in ("received", *_FAULTS)} | {"lag": np.array(np.nan)}
         self.multitau: Arrays | None = None
@@ -133,7 +145,8 @@ class _Run:
 
     @property
     def lag(self) -> str:
-        return f"lag {_time(float(self.ledger['lag']))}"
+        seconds = float(self.ledger["lag"])
+        return f"lag {_time(seconds if self._is_live and abs(seconds) < LONGEST_LAG else math.nan)}"
 
     @property
     def state(self) -> str:
@@ -146,10 +159,11 @@ def _line(run: _Run) -> str:
     return f"run {run.start.run}: {run.n_frames}{of_planned} frames, {run.speed}, {run.lag}{faults}"
 
 
-def _display(run: _Run, q: Sequence[float], width: int) -> RenderableType:
+def _display(run: _Run, q: Sequence[float], console: Console) -> RenderableType:
+    width = min(WIDTH, console.width)
     parts: list[RenderableType] = [_progress(run), Text(run.speed, "cyan"), _losses(run)]
     if run.multitau is not None and np.any(run.multitau["n_pairs"] > 0):
-        parts += [Text(), g2_table(run.multitau, q, width - 6)]
+        parts += [Text(), g2_table(run.multitau, q, width - 6, console.height - OTHER_LINES)]
     colour = {"running": "cyan", "complete": "green"}.get(run.state, "yellow")
     return Panel(
         Group(*parts),
@@ -186,8 +200,8 @@ def _losses(run: _Run) -> Text:
     return text
 
 
-def g2_table(multitau: Arrays, q: Sequence[float], width: int) -> Table:
-    """Return g2 of a few q (rows) at a few delays (columns).
+def g2_table(multitau: Arrays, q: Sequence[float], width: int, height: int) -> Table:
+    """Return g2 of q (rows) at a few delays (columns), and how many q are left out.
 
     Parameters
     ----------
@@ -197,9 +211,11 @@ def g2_table(multitau: Arrays, q: Sequence[float], width: int) -> Table:
         (n_dynamic,) 1/angstrom, NaN if unknown.
     width
         Characters of a line; with fewer there are fewer delays.
+    height
+        Lines; with fewer there are fewer q, but `FEWEST_BINS` at least.
     """
     tau, pairs = multitau["tau"], multitau["n_pairs"]
-    bins = _spread(np.arange(len(q)), MOST_BINS)
+    bins = _spread(np.arange(len(q)), max(FEWEST_BINS, height))
     delays = _spread(np.flatnonzero(pairs > 0), max(2, min(MOST_DELAYS, (width - 11) // 12)), np.log(tau))
     table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("q (1/Å)", justify="right", style="bold", no_wrap=True, min_width=8)
@@ -214,6 +230,9 @@ def g2_table(multitau: Arrays, q: Sequence[float], width: int) -> Table:
             for d in delays
         ]
         table.add_row(f"{q[b]:.3g}" if math.isfinite(q[b]) else f"bin {b + 1}", *values)
+    if len(bins) < len(q):
+        table.caption = f"{len(q) - len(bins)} more q are not shown"
+        table.caption_justify = "left"
     return table
 
 

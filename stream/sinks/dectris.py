@@ -1,5 +1,6 @@
 """A detector's end of a Dectris stream: for simulated runs, for replays, for tests."""
 
+import threading
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Literal, Self
@@ -10,6 +11,7 @@ from stream.errors import SinkError
 from stream.messages import FrameBatch, Output, RunStart, RunStop
 from stream.sinks import dectris_v1, dectris_v2
 from stream.sinks.dectris_image import CompressedImage, Compression, Compressor
+from stream.sinks.delivery import close, deliver
 from stream.sinks.faults import Faults
 from stream.wire import Buffer
 
@@ -34,6 +36,8 @@ class DectrisSink:
         What to do to image messages on the way.
     timeout
         How long to wait for a receiver to take anything (s).
+    stop
+        Once it is set, a wait for a receiver that takes nothing ends with SinkError.
 
     Raises
     ------
@@ -49,22 +53,26 @@ class DectrisSink:
         compression: Compression = "bslz4",
         faults: Faults | None = None,
         timeout: float = 60.0,
+        stop: threading.Event | None = None,
     ) -> None:
         self._version = version
         self._compression: Compression = compression
         self._compressor = Compressor(compression, framed=version == 2)
         self._faults = Faults() if faults is None else faults
         self._timeout = timeout
+        self._stop = stop
         self._series = 0
         self._start: RunStart | None = None
         self._series_ns: int | None = None
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+        self._context = zmq.Context()  # not the shared one: that is not waited for when the process ends
+        self._socket = self._context.socket(zmq.PUSH)
         self._socket.set(zmq.SNDHWM, SEND_HWM)
         self._socket.set(zmq.LINGER, round(1000 * timeout))
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
             self._socket.close()
+            self._context.term()
             raise SinkError(f"{address}: {error}") from None
         self.address: str = self._socket.get_string(zmq.LAST_ENDPOINT)
 
@@ -74,7 +82,8 @@ class DectrisSink:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._socket.close()
+        close(self._socket, self._stop)
+        self._context.term()  # waits for what is not yet sent
         self._compressor.close()
 
     def write(self, output: Output) -> None:
@@ -83,7 +92,7 @@ class DectrisSink:
         Raises
         ------
         SinkError
-            No receiver took anything for `timeout`, or frames came that belong to no run.
+            Nobody took anything for `timeout` or until `stop`, or frames came that belong to no run.
         """
         match output:
             case RunStart():
@@ -102,14 +111,9 @@ class DectrisSink:
         Raises
         ------
         SinkError
-            No receiver took anything for `timeout`.
+            Nobody took anything for `timeout`, or until `stop`.
         """
-        try:
-            if not self._socket.poll(round(1000 * self._timeout), zmq.POLLOUT):
-                raise SinkError(f"{self.address}: no receiver took anything for {self._timeout} s")
-            self._socket.send_multipart(parts, flags=zmq.NOBLOCK, copy=False)
-        except zmq.ZMQError as error:
-            raise SinkError(f"{self.address}: {error}") from None
+        deliver(self._socket, parts, address=self.address, timeout=self._timeout, stop=self._stop, copy=False)
 
     def _arm(self, start: RunStart) -> None:
         self._series += 1

@@ -3,7 +3,8 @@
 import logging
 import os
 import re
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -43,21 +44,33 @@ class Hdf5Sink:
         "attributes", a map with "hash".
     configuration
         Text kept in the file.
+    on_written
+        Is told the name of every file once it is on disk.
 
     Raises
     ------
     ConfigError
         The map lacks something that pyXpcsViewer needs.
+    SinkError
+        No file can be written there.
     """
 
-    def __init__(self, path: Path, *, qmap: Mapping[str, Any], configuration: str = "") -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        qmap: Mapping[str, Any],
+        configuration: str = "",
+        on_written: Callable[[Path], None] = lambda _: None,
+    ) -> None:
         if lacking := nxxpcs.lacking(qmap):
             raise ConfigError(f"qmap for {path} lacks {', '.join(lacking)}")
-        self.written: list[Path] = []
         self._path = path
         self._qmap = qmap
         self._configuration = configuration
+        self._on_written = on_written
         self._runs: dict[str, _Run] = {}
+        _try_to_write(path)
 
     def __enter__(self) -> Self:
         """Return the sink."""
@@ -106,7 +119,18 @@ class Hdf5Sink:
             _replace(target, image)
         except OSError as error:
             raise SinkError(f"{target}: {error.strerror or error}") from error
-        self.written.append(target)
+        self._on_written(target)
+
+
+def _try_to_write(path: Path) -> None:
+    """Find out before the beam is on, not when the run is over."""
+    fixed = path.parents[sum("{run}" in str(parent) for parent in path.parents)]
+    try:
+        fixed.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=fixed):
+            pass
+    except OSError as error:
+        raise SinkError(f"{path}: {error.strerror or error}") from error
 
 
 def _announced(start: RunStart) -> datetime:

@@ -8,6 +8,7 @@ import zmq
 
 from stream.errors import SinkError
 from stream.messages import FrameBatch, Output, RunStop
+from stream.sinks.delivery import close, deliver
 from stream.sinks.faults import Faults
 from stream.wire import Buffer, encode
 
@@ -39,6 +40,8 @@ class ZmqSink:
         Spoils messages of frames on purpose, in simulations.
     timeout
         How long nobody may take anything before a ``push`` fails (s).
+    stop
+        Once it is set, a ``push`` that nobody takes ends with SinkError.
 
     Attributes
     ----------
@@ -59,14 +62,15 @@ class ZmqSink:
         bind: bool = True,
         faults: Faults | None = None,
         timeout: float = 60.0,
+        stop: threading.Event | None = None,
     ) -> None:
         self._publishes = pattern == "pub"
         self._faults = faults or Faults()
         self._timeout = timeout
+        self._stop = stop
         self._context = zmq.Context()
         socket = self._context.socket(zmq.XPUB if self._publishes else zmq.PUSH)
         socket.sndhwm = 64 if self._publishes else 8  # results are small, batches of frames are not
-        socket.sndtimeo = int(1000 * timeout)
         socket.linger = int(1000 * (PUBLISH_LINGER if self._publishes else timeout))
         socket.maxmsgsize = 4096  # nothing but subscriptions comes in
         socket.reconnect_ivl_max = 1000  # ms
@@ -101,7 +105,7 @@ class ZmqSink:
         if self._publishes:
             self._socket.send(b"")
             self._publisher.join()
-        self._socket.close()
+        close(self._socket, self._stop)
         self._context.term()  # waits for what is not yet sent
 
     def write(self, output: Output) -> None:
@@ -110,7 +114,7 @@ class ZmqSink:
         Raises
         ------
         SinkError
-            It does not fit our wire, or nobody took anything for `timeout`.
+            It does not fit our wire, or nobody took anything for `timeout` or until `stop`.
         """
         if self._publishes and isinstance(output, FrameBatch):
             return
@@ -131,12 +135,8 @@ class ZmqSink:
         """Return at once: ZeroMQ does not tell what the far side has."""
 
     def _send(self, parts: list[Buffer]) -> None:
-        try:
-            self._socket.send_multipart(parts)  # copies: frames may be overwritten once write returns
-        except zmq.Again as error:
-            raise SinkError(f"{self.address}: nobody took anything for {self._timeout} s") from error
-        except zmq.ZMQError as error:
-            raise SinkError(f"{self.address}: {error}") from error
+        # Copies: frames may be overwritten once write returns.
+        deliver(self._socket, parts, address=self.address, timeout=self._timeout, stop=self._stop)
 
 
 def _publish(inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> None:
