@@ -214,6 +214,7 @@ def _option(place: "Place", given: Mapping[str, Any]) -> str:
 
 def _correlate(configuration: "Configuration", runs: int | None, console: Console) -> None:
     from stream import checkpoint as checkpoints
+    from stream.config import address
     from stream.operators.intensity import Intensity
     from stream.operators.multitau import MultiTau
     from stream.operators.roimap_file import read
@@ -231,15 +232,19 @@ def _correlate(configuration: "Configuration", runs: int | None, console: Consol
             made.append(Intensity(start, roimap, threads=threads))
         return made
 
+    where = address(configuration.source.address)
+    if where.transport in ("hdf5", "recording"):
+        _there(Path(where.target))
     if checkpoint:
         _try_to_write(Path(checkpoint.path))
     with ExitStack() as stack:
         stop = stack.enter_context(_stopped_by_signals())
-        source = stack.enter_context(_source(configuration.source))
         # The console first: its display has ended when the name of a result file is printed.
         texts = sorted(configuration.sinks, key=lambda text: text != "console")
         sinks = [stack.enter_context(_sink(text, configuration, roimap, console)) for text in texts]
+        # A detector that waits for a receiver must find one that is ready.
         _compile(make, roimap)
+        source = stack.enter_context(_source(configuration.source))
         typer.echo(f"taking frames from {configuration.source.address}", err=True)
         Pipeline(
             source,
