@@ -1,11 +1,10 @@
-"""The command line: what to connect with what. The only place that names concrete classes."""
+"""The command line. What it names is made by `stream.assembly`."""
 
 import importlib.metadata
 import logging
 import signal
-import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -22,10 +21,7 @@ from stream.errors import ConfigError, SinkError, XpcsStreamError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from stream.config import Configuration, Place, SourceSection
-    from stream.messages import RunStart
-    from stream.operators.roimap import RoiMap
-    from stream.protocols import Operator, Sink, Source
+    from stream.config import Configuration, Place
     from stream.sinks.dectris import DectrisSink
     from stream.sinks.faults import Faults
     from stream.sinks.zmq import ZmqSink
@@ -214,37 +210,27 @@ def _option(place: "Place", given: Mapping[str, Any]) -> str:
 
 def _correlate(configuration: "Configuration", runs: int | None, console: Console) -> None:
     from stream import checkpoint as checkpoints
+    from stream.assembly import compile_kernels, operators_of, sink_of, source_of, there, try_to_write
     from stream.config import address
-    from stream.operators.intensity import Intensity
-    from stream.operators.multitau import MultiTau
     from stream.operators.roimap_file import read
-    from stream.operators.scattering import Scattering
     from stream.pipeline import Pipeline
 
-    roimap = read(_there(Path(configuration.qmap)))
-    operators, threads, checkpoint = configuration.operators, configuration.threads, configuration.checkpoint
-
-    def make(start: "RunStart") -> list["Operator"]:
-        made: list[Operator] = [MultiTau(start, roimap, threads=threads, **operators.multitau.model_dump())]
-        if operators.scattering:
-            made.append(Scattering(start, roimap, threads=threads))
-        if operators.intensity:
-            made.append(Intensity(start, roimap, threads=threads))
-        return made
-
+    roimap = read(there(Path(configuration.qmap)))
+    make = operators_of(configuration, roimap)
+    checkpoint = configuration.checkpoint
     where = address(configuration.source.address)
     if where.transport in ("hdf5", "recording"):
-        _there(Path(where.target))
+        there(Path(where.target))
     if checkpoint:
-        _try_to_write(Path(checkpoint.path))
+        try_to_write(Path(checkpoint.path))
     with ExitStack() as stack:
         stop = stack.enter_context(_stopped_by_signals())
         # The console first: its display has ended when the name of a result file is printed.
         texts = sorted(configuration.sinks, key=lambda text: text != "console")
-        sinks = [stack.enter_context(_sink(text, configuration, roimap, console)) for text in texts]
+        sinks = [stack.enter_context(sink_of(text, configuration, roimap, console, typer.echo)) for text in texts]
         # A detector that waits for a receiver must find one that is ready.
-        _compile(make, roimap)
-        source = stack.enter_context(_source(configuration.source))
+        compile_kernels(make, roimap, lambda text: typer.echo(text, err=True))
+        source = stack.enter_context(source_of(configuration.source))
         typer.echo(f"taking frames from {configuration.source.address}", err=True)
         Pipeline(
             source,
@@ -260,52 +246,6 @@ def _correlate(configuration: "Configuration", runs: int | None, console: Consol
     if checkpoint and left and left.running and left.running.stop is None:
         run, frame = left.running.start.run, int(left.running.ledger["next_frame"])
         typer.echo(f"run {run} left at frame {frame} in {checkpoint.path}; start again to go on", err=True)
-
-
-def _there(path: Path) -> Path:
-    if not path.exists():
-        raise ConfigError(f"{path}: no such file")
-    return path
-
-
-def _try_to_write(path: Path) -> None:
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def _compile(make: Callable[["RunStart"], list["Operator"]], roimap: "RoiMap") -> None:
-    """Let a few rows of frames of every dtype through, so that no compiler runs while frames come."""
-    import numpy as np
-
-    from stream.messages import DTYPES, FrameBatch, RunStart
-
-    n_rows, n_columns = roimap.shape
-    row = int(np.argmax(roimap.static_roi_map.any(axis=1)))
-    shape = (min(8, n_rows - row), n_columns)
-    slow = threading.Timer(1.5, typer.echo, ["compiling the kernels (once per installation)"], {"err": True})
-    slow.start()
-    try:
-        for dtype in DTYPES:
-            start = RunStart(
-                run="",
-                shape=shape,
-                origin=(row, 0),
-                detector_shape=roimap.shape,
-                dtype=dtype,
-                saturation_value=int(np.iinfo(dtype).max) - 1,
-                frame_time=1.0,
-                count_time=1.0,
-            )
-            frames = np.zeros((2, *shape), dtype)
-            frames.flags.writeable = False
-            for operator in make(start):
-                operator.push(FrameBatch(run="", first=0, frames=frames, timestamp_ns=0))
-                operator.result()
-    finally:
-        slow.cancel()
 
 
 @contextmanager
@@ -325,49 +265,6 @@ def _stopped_by_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _source(section: "SourceSection") -> "Source":
-    from stream.config import address
-
-    where, options = address(section.address), section.options()
-    match where.transport:
-        case "dectris":
-            from stream.ingest.dectris import DectrisSource
-
-            return DectrisSource(where.target, **options)
-        case "zmq":
-            from stream.ingest.zmq import ZmqSource
-
-            return ZmqSource(where.target, **options)
-        case "hdf5":
-            from stream.ingest.hdf5 import Hdf5Source
-
-            if "metadata" in options:
-                options["metadata"] = Path(options["metadata"])
-            return Hdf5Source(_there(Path(where.target)), **options)
-        case "recording":
-            from stream.ingest.recording import RecordingSource
-
-            return RecordingSource(_there(Path(where.target)), **options)
-
-
-def _sink(text: str, configuration: "Configuration", roimap: "RoiMap", console: Console) -> "Sink":
-    from stream.config import address
-
-    if text == "console":
-        from stream.sinks.console import ConsoleSink
-
-        is_live = address(configuration.source.address).transport in ("dectris", "zmq")
-        return ConsoleSink(console, q=roimap.dynamic_q.tolist(), is_live=is_live)
-    where = address(text)
-    if where.transport == "zmq":
-        from stream.sinks.zmq import ZmqSink
-
-        return ZmqSink(where.target, pattern="pub")
-    from stream.sinks.hdf5 import Hdf5Sink
-
-    return Hdf5Sink(Path(where.target), qmap=roimap.arrays(), configuration=configuration.text(), on_written=typer.echo)
 
 
 @app.command()
@@ -407,39 +304,22 @@ def simulate(
 
     xpcs-stream simulate --qmap qmap.h5 --to zmq+dectris://127.0.0.1:31001 --rate "1 kHz" --lose 0.01
     """
-    import numpy as np
-
-    from stream.ingest.simulated import SimulatedSource
+    from stream.assembly import simulated, there
     from stream.operators.roimap_file import read
     from stream.sending import send
     from stream.sinks.faults import Faults
 
-    roimap = read(_there(qmap))
-    arrays = roimap.arrays()
-    if not np.isfinite(roimap.dynamic_q).all():
-        raise ConfigError(f"{qmap} does not tell q of every bin")
-    rate_of_bin = diffusion * roimap.dynamic_q**2
-    geometry = {
-        "incident_energy": arrays["energy"],
-        "detector_distance": arrays["detector_distance"],
-        "beam_center_x": arrays["beam_center_x"],
-        "beam_center_y": arrays["beam_center_y"],
-        "x_pixel_size": arrays["pixel_size"],
-        "y_pixel_size": arrays["pixel_size"],
-    }
-    source = SimulatedSource(
-        rate=np.concatenate([[0.0], rate_of_bin])[roimap.dynamic_roi_map],
+    source = simulated(
+        read(there(qmap)),
+        diffusion=diffusion,
         contrast=contrast,
         stretch=stretch,
         mean_counts=mean_counts,
         n_frames=frames,
         frame_time=1 / rate,
         seed=seed,
-        masked=np.asarray(arrays["mask"]) == 0,
+        sample=sample,
         batch=_frames_at_once(rate),
-        truth_rate=rate_of_bin.tolist(),
-        metadata={name: float(value) for name, value in geometry.items() if np.isfinite(value)}
-        | {"sample": sample, "detector": "xpcs-stream simulate"},
     )
     faults = Faults(lose=lose, duplicate=duplicate, reorder=reorder, truncate=truncate, delay=delay, seed=seed)
     with _detector(to, stream, faults) as (sink, stop):
@@ -463,6 +343,7 @@ def replay(
 
     xpcs-stream replay frames.h5 --to zmq+dectris://127.0.0.1:31001 --rate "500 Hz"
     """
+    from stream.assembly import frames_of, there
     from stream.config import address
     from stream.ingest.recording import messages
     from stream.sending import send, send_recorded
@@ -470,13 +351,13 @@ def replay(
     from stream.sinks.faults import Faults
 
     paced = not as_fast_as_possible
-    is_recording = address(str(_there(file))).transport == "recording" and address(to).transport == "dectris"
+    is_recording = address(str(there(file))).transport == "recording" and address(to).transport == "dectris"
     if is_recording and paced and rate is None:
         raise ConfigError("recorded messages are sent at a --rate, or --as-fast-as-possible")
     with ExitStack() as stack:
         if not is_recording:
             source = stack.enter_context(
-                _frames(str(file), _frames_at_once(rate), frame_time, otherwise=1 / rate if rate else None)
+                frames_of(str(file), _frames_at_once(rate), frame_time, otherwise=1 / rate if rate else None)
             )
         sink, stop = stack.enter_context(_detector(to, stream, Faults()))
         if is_recording and isinstance(sink, DectrisSink):
@@ -489,23 +370,6 @@ def replay(
 def _frames_at_once(rate: float | None) -> int:
     """Return how many frames go out together: those of 50 ms, so that they come as evenly as from a detector."""
     return max(1, min(64, int((rate or 1000) / 20)))
-
-
-def _frames(text: str, batch: int | None, frame_time: float | None, otherwise: float | None = None) -> "Source":
-    """Open frames; an HDF5 file that does not tell its frame time has it from `otherwise`."""
-    from stream.config import SourceSection, address
-
-    section = SourceSection(address=text, batch=batch) if batch else SourceSection(address=text)
-    if address(text).transport != "hdf5":
-        if frame_time is not None:
-            raise ConfigError(f"--frame-time is for HDF5 files, not for {text}")
-        return _source(section)
-    try:
-        return _source(section.model_copy(update={"frame_time": frame_time}))
-    except ConfigError:
-        if otherwise is None:
-            raise
-        return _source(section.model_copy(update={"frame_time": otherwise}))
 
 
 @contextmanager
@@ -548,6 +412,7 @@ def inspect(
     xpcs-stream inspect result.h5
     """
     from stream import inspection
+    from stream.assembly import frames_of
     from stream.config import address
     from stream.operators.roimap_file import read
     from stream.sinks.console import g2_table
@@ -558,9 +423,9 @@ def inspect(
     if kind == "frames":
         is_told = True
         try:
-            opened = _frames(what, None, frame_time)
+            opened = frames_of(what, None, frame_time)
         except ConfigError:
-            is_told, opened = False, _frames(what, None, frame_time, otherwise=1.0)
+            is_told, opened = False, frames_of(what, None, frame_time, otherwise=1.0)
         with _stopped_by_signals() as stop, opened as source:
             facts = dict(inspection.of_frames(source, stop, frames))
         if not is_told:

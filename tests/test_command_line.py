@@ -245,7 +245,7 @@ def test_nothing_is_left_to_compile_when_frames_come(error):
     code = f"""
 import gc, numpy as np
 from numba.core.dispatcher import Dispatcher
-from stream.__main__ import _compile
+from stream.assembly import compile_kernels
 from stream.messages import DTYPES, FrameBatch
 from stream.operators.intensity import Intensity
 from stream.operators.multitau import MultiTau
@@ -256,7 +256,7 @@ def make(start):
     return [MultiTau(start, roimap, error={error!r}), Scattering(start, roimap), Intensity(start, roimap)]
 def compiled():
     return sum(len(kernel.signatures) for kernel in gc.get_objects() if isinstance(kernel, Dispatcher))
-_compile(make, roimap)
+compile_kernels(make, roimap, print)
 before = compiled()
 for dtype in DTYPES:
     frames = np.random.default_rng(0).poisson(1.0, (100, *roimap.shape)).astype(dtype)

@@ -1,0 +1,190 @@
+"""What a configuration says, made of concrete classes; beside the command line the only place that names them."""
+
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from stream.config import Configuration, SourceSection, address
+from stream.errors import ConfigError
+from stream.ingest.dectris import DectrisSource
+from stream.ingest.hdf5 import Hdf5Source
+from stream.ingest.recording import RecordingSource
+from stream.ingest.simulated import SimulatedSource
+from stream.ingest.zmq import ZmqSource
+from stream.messages import DTYPES, FrameBatch, RunStart
+from stream.operators.intensity import Intensity
+from stream.operators.multitau import MultiTau
+from stream.operators.roimap import RoiMap
+from stream.operators.scattering import Scattering
+from stream.protocols import Operator, Sink, Source
+from stream.sinks.console import ConsoleSink
+from stream.sinks.hdf5 import Hdf5Sink
+from stream.sinks.zmq import ZmqSink
+
+Make = Callable[[RunStart], list[Operator]]
+"""Makes the operators of a run."""
+
+
+def operators_of(configuration: Configuration, roimap: RoiMap) -> Make:
+    """Return what makes the operators that are configured."""
+    operators, threads = configuration.operators, configuration.threads
+
+    def make(start: RunStart) -> list[Operator]:
+        made: list[Operator] = [MultiTau(start, roimap, threads=threads, **operators.multitau.model_dump())]
+        if operators.scattering:
+            made.append(Scattering(start, roimap, threads=threads))
+        if operators.intensity:
+            made.append(Intensity(start, roimap, threads=threads))
+        return made
+
+    return make
+
+
+def compile_kernels(make: Make, roimap: RoiMap, say: Callable[[str], None]) -> None:
+    """Let a few rows of frames of every dtype through, so that no compiler runs while frames come."""
+    n_rows, n_columns = roimap.shape
+    row = int(np.argmax(roimap.static_roi_map.any(axis=1)))
+    shape = (min(8, n_rows - row), n_columns)
+    slow = threading.Timer(1.5, say, ["compiling the kernels (once per installation)"])
+    slow.start()
+    try:
+        for dtype in DTYPES:
+            start = RunStart(
+                run="",
+                shape=shape,
+                origin=(row, 0),
+                detector_shape=roimap.shape,
+                dtype=dtype,
+                saturation_value=int(np.iinfo(dtype).max) - 1,
+                frame_time=1.0,
+                count_time=1.0,
+            )
+            frames = np.zeros((2, *shape), dtype)
+            frames.flags.writeable = False
+            for operator in make(start):
+                operator.push(FrameBatch(run="", first=0, frames=frames, timestamp_ns=0))
+                operator.result()
+    finally:
+        slow.cancel()
+
+
+def source_of(section: SourceSection) -> Source:
+    """Open where frames come from."""
+    where, options = address(section.address), section.options()
+    match where.transport:
+        case "dectris":
+            return DectrisSource(where.target, **options)
+        case "zmq":
+            return ZmqSource(where.target, **options)
+        case "hdf5":
+            if "metadata" in options:
+                options["metadata"] = Path(options["metadata"])
+            return Hdf5Source(there(Path(where.target)), **options)
+        case "recording":
+            return RecordingSource(there(Path(where.target)), **options)
+
+
+def frames_of(text: str, batch: int | None, frame_time: float | None, otherwise: float | None = None) -> Source:
+    """Open frames; an HDF5 file that does not tell its frame time has it from `otherwise`.
+
+    Raises
+    ------
+    ConfigError
+        There is nothing to tell the frame time, or no use for it.
+    """
+    section = SourceSection(address=text, batch=batch) if batch else SourceSection(address=text)
+    if address(text).transport != "hdf5":
+        if frame_time is not None:
+            raise ConfigError(f"--frame-time is for HDF5 files, not for {text}")
+        return source_of(section)
+    try:
+        return source_of(section.model_copy(update={"frame_time": frame_time}))
+    except ConfigError:
+        if otherwise is None:
+            raise
+        return source_of(section.model_copy(update={"frame_time": otherwise}))
+
+
+def sink_of(
+    text: str,
+    configuration: Configuration,
+    roimap: RoiMap,
+    console: Console,
+    on_written: Callable[[Path], None],
+) -> Sink:
+    """Make one of the sinks of a configuration; `on_written` is told the name of each result file."""
+    if text == "console":
+        is_live = address(configuration.source.address).transport in ("dectris", "zmq")
+        return ConsoleSink(console, q=roimap.dynamic_q.tolist(), is_live=is_live)
+    where = address(text)
+    if where.transport == "zmq":
+        return ZmqSink(where.target, pattern="pub")
+    return Hdf5Sink(Path(where.target), qmap=roimap.arrays(), configuration=configuration.text(), on_written=on_written)
+
+
+def simulated(
+    roimap: RoiMap,
+    *,
+    diffusion: float,
+    contrast: float,
+    stretch: float,
+    mean_counts: float,
+    n_frames: int,
+    frame_time: float,
+    seed: int,
+    sample: str,
+    batch: int,
+) -> SimulatedSource:
+    """Return a detector whose shape, geometry and q are those of a map; |g1| = exp(-diffusion q^2 tau).
+
+    Raises
+    ------
+    ConfigError
+        The map does not tell q of every bin, or a number cannot be meant.
+    """
+    if not np.isfinite(roimap.dynamic_q).all():
+        raise ConfigError("the map does not tell q of every bin")
+    arrays = roimap.arrays()
+    rate_of_bin = diffusion * roimap.dynamic_q**2
+    geometry = {
+        "incident_energy": arrays["energy"],
+        "detector_distance": arrays["detector_distance"],
+        "beam_center_x": arrays["beam_center_x"],
+        "beam_center_y": arrays["beam_center_y"],
+        "x_pixel_size": arrays["pixel_size"],
+        "y_pixel_size": arrays["pixel_size"],
+    }
+    told = {name: float(value) for name, value in geometry.items() if np.isfinite(value)}
+    return SimulatedSource(
+        rate=np.concatenate([[0.0], rate_of_bin])[roimap.dynamic_roi_map],
+        contrast=contrast,
+        stretch=stretch,
+        mean_counts=mean_counts,
+        n_frames=n_frames,
+        frame_time=frame_time,
+        seed=seed,
+        masked=np.asarray(arrays["mask"]) == 0,
+        batch=batch,
+        truth_rate=rate_of_bin.tolist(),
+        metadata=told | {"sample": sample, "detector": "xpcs-stream simulate"},
+    )
+
+
+def there(path: Path) -> Path:
+    """Return the path of a file that exists; else ConfigError."""
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file")
+    return path
+
+
+def try_to_write(path: Path) -> None:
+    """Raise ConfigError if no file can be made beside `path`."""
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
