@@ -35,7 +35,13 @@ def figures() -> Iterator[Figure]:
         measured = pairs(ours.rate, lambda: _numpy_rate(frames[:NUMPY_FRAMES], roimap), ROUNDS)
         yield compare(name, "pixel-frames/s", "plain numpy multi-tau, 1 thread", measured, target=4)
         measured = pairs(ours.rate, lambda: _read_rate(frames, threads), ROUNDS)  # noqa: B023 - called at once
-        yield compare(name, "pixel-frames/s", f"reading the same bytes, {threads} threads", measured, target=0.02)
+        yield compare(
+            name,
+            "pixel-frames/s",
+            f"reading the same bytes, {threads} thread{'s' * (threads > 1)}",
+            measured,
+            target=0.02,
+        )
 
 
 class _Ours:
