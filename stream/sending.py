@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from stream.errors import DecodeError
-from stream.ingest import dectris_v1, dectris_v2
+from stream.ingest.dectris import decode
 from stream.ingest.dectris_messages import End, Image, Start
 from stream.messages import FrameBatch, Rejected, RunStart, RunStop
 from stream.protocols import Sink, Source
@@ -31,7 +31,7 @@ class Schedule:
         self._sent = 0
         self._is_behind = False
 
-    def timed(self, batch: "FrameBatch") -> "FrameBatch":
+    def timed(self, batch: FrameBatch) -> FrameBatch:
         """Return the frames as if they had been exposed when they were due."""
         if self._rate is None:
             return batch
@@ -117,8 +117,7 @@ def send_recorded(
 
 def _read(parts: Sequence[Buffer]) -> Start | Image | End | None:
     """Return what a message says; None if it cannot be read, and is sent all the same."""
-    is_v1 = bytes(parts[0][:1]) == b"{"
     try:
-        return dectris_v1.decode(parts) if is_v1 else dectris_v2.decode(parts)
+        return decode(parts)
     except DecodeError:
         return None

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from stream.errors import ConfigError
 from stream.messages import FrameBatch
 from stream.operators.multitau import MultiTau
 from tests import reference
@@ -167,5 +168,5 @@ def test_impossible_options_are_named(roimap, options, said):
 
 def test_counts_that_could_not_be_summed_exactly_are_refused(roimap):
     frames = np.full((1, 6, 50), 2**32 - 1, "<u4")
-    with pytest.raises(ValueError, match=r"counts in one bin and frame are too many for 28 levels"):
+    with pytest.raises(ConfigError, match=r"counts in one bin and frame are too many for 28 levels"):
         correlate(frames, roimap, levels=28)

@@ -1,4 +1,5 @@
 import lzma
+import threading
 
 import cbor2
 import h5py
@@ -12,6 +13,7 @@ from stream.errors import DecodeError, SourceError
 from stream.ingest.hdf5 import Hdf5Source
 from stream.ingest.recording import RecordingSource, messages, record
 from stream.messages import FrameBatch, Rejected, RunStart, RunStop
+from stream.sending import send_recorded
 
 V1, V2 = "eiger1m_stream_v1.cbors.xz", "eiger1m_stream_v2.cbors.xz"
 
@@ -230,3 +232,10 @@ def test_the_detectors_chunks_in_a_file_are_the_frames_of_its_stream(shared_data
     np.testing.assert_array_equal(from_file, frames_of(RecordingSource(shared_data / V2)))
     with h5py.File(tmp_path / "x.h5") as file:
         np.testing.assert_array_equal(from_file, file["entry/data/data"][:])
+
+
+def test_recorded_messages_that_cannot_be_read_are_sent_all_the_same():
+    sent = []
+    recorded = [[], [b"{"], [b"\xff"], *small_series()]
+    send_recorded(recorded, sent.append, threading.Event(), rate=None)
+    assert sent == recorded

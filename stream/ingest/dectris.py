@@ -79,7 +79,7 @@ class DectrisDecoder:
     def feed(self, parts: Sequence[Buffer]) -> Iterator[Message]:
         """Take one ZeroMQ message. One that cannot be read becomes a Rejected."""
         try:
-            match _decode(parts):
+            match decode(parts):
                 case Start() as start:
                     yield from self.idle()
                     self._series = _Series(start.run, start)
@@ -264,7 +264,14 @@ class DectrisSource:
             raise NotSeekable(f"{self._address}: a detector sends once; it cannot go back to {dict(position)}")
 
 
-def _decode(parts: Sequence[Buffer]) -> Start | Image | End:
+def decode(parts: Sequence[Buffer]) -> Start | Image | End:
+    """Read one message of either version.
+
+    Raises
+    ------
+    DecodeError
+        Names what is wrong and its value.
+    """
     if not parts:
         raise DecodeError("a message of no parts")
     # V1 opens with a JSON map; no CBOR map begins with this byte

@@ -84,8 +84,7 @@ class Speckle:
                 frames,
             )
 
-        for _ in threads.map(work, range(len(self._intensity))):
-            pass  # raises what a thread raised
+        list(threads.map(work, range(len(self._intensity))))  # raises what a thread raised
         self.next_frame += len(frames)
 
 

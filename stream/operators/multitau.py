@@ -17,6 +17,7 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from stream.errors import ConfigError
 from stream.messages import Arrays, FrameBatch, RunStart
 from stream.operators.kernels import multitau as kernel
 from stream.operators.kernels import wide
@@ -55,8 +56,10 @@ class MultiTau:
     RoiMapError
         The map was made for another detector.
     ValueError
-        An option is out of range; later, a bin of one frame holds 2**62 / 2**(levels-1) counts or more (1.4e14 with 16
-        levels), which cannot be summed exactly.
+        An option is out of range.
+    ConfigError
+        By `push`: a bin of one frame holds 2**62 / 2**(levels-1) counts or more (1.4e14 with 16 levels), which cannot
+        be summed exactly: mask the pixels, or take fewer levels.
     """
 
     name = "multitau"
@@ -171,7 +174,7 @@ class MultiTau:
         self._threads.run(correlate, len(self._tiles.first))
         counts = sums.sum(axis=0) if self._parts > 1 else sums[0]
         if counts.max(initial=0) >> (wide.BITS - self._levels + 1):
-            raise ValueError(
+            raise ConfigError(
                 f"multitau: {counts.max()} counts in one bin and frame are too many for {self._levels} levels"
             )
         weights = kernel.weigh(len(frames), n_new, n_old, self._d, self._weights, self._pairs)

@@ -63,7 +63,7 @@ class Faults:
             self._held = [bytes(part) for part in message]  # the caller may reuse its buffers
             return
         if delay:
-            time.sleep(self._delay_seconds)
+            time.sleep(self._delay_seconds)  # the fault itself: a sender that stalls
         yield message
         if duplicate:
             yield message
