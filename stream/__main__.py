@@ -189,6 +189,21 @@ def run(
     _correlate(configuration, runs, ctx.obj)
 
 
+@app.command("compile")
+def compile_ahead() -> None:
+    """Compile the kernels now, so that the next run starts within seconds.
+
+    The first run of an installation, and the first on another kind of CPU, does so by itself before it listens. They
+    are kept beside the package, or in the user's cache directory where that cannot be written to, or in
+    NUMBA_CACHE_DIR.
+
+    xpcs-stream compile
+    """
+    from stream.assembly import compile_all
+
+    compile_all(lambda text: typer.echo(text, err=True))
+
+
 def _given(document: dict[str, Any]) -> dict[str, Any]:
     """Leave out what is None or empty, at every depth."""
     nested = {name: _given(value) if isinstance(value, dict) else value for name, value in document.items()}

@@ -1,22 +1,26 @@
 """What a configuration says, made of concrete classes; beside the command line the only place that names them."""
 
+import math
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
-from stream.config import Configuration, SourceSection, address
+from stream import kernel_cache
+from stream.config import Configuration, SourceSection, address, check
 from stream.errors import ConfigError
 from stream.ingest.dectris import DectrisSource
 from stream.ingest.hdf5 import Hdf5Source
 from stream.ingest.recording import RecordingSource
+from stream.ingest.rigaku import RigakuSource
 from stream.ingest.simulated import SimulatedSource
 from stream.ingest.zmq import ZmqSource
-from stream.messages import DTYPES, FrameBatch, RunStart
+from stream.messages import DTYPES, Events, FrameBatch, RunStart
 from stream.operators.intensity import Intensity
+from stream.operators.kernels import CACHE
 from stream.operators.multitau import MultiTau
 from stream.operators.roimap import RoiMap
 from stream.operators.scattering import Scattering
@@ -45,17 +49,15 @@ def operators_of(configuration: Configuration, roimap: RoiMap) -> Make:
 
 
 def compile_kernels(make: Make, roimap: RoiMap, say: Callable[[str], None]) -> None:
-    """Let a few rows of frames of every dtype through, so that no compiler runs while frames come."""
+    """Let a few frames of every kind through, so that no compiler runs while frames come."""
     n_rows, n_columns = roimap.shape
     row = int(np.argmax(roimap.static_roi_map.any(axis=1)))
-    shape = (min(8, n_rows - row), n_columns)
-    slow = threading.Timer(1.5, say, ["compiling the kernels (once per installation)"])
-    slow.start()
-    try:
+
+    def exercise() -> None:
         for dtype in DTYPES:
             start = RunStart(
                 run="",
-                shape=shape,
+                shape=(min(8, n_rows - row), n_columns),
                 origin=(row, 0),
                 detector_shape=roimap.shape,
                 dtype=dtype,
@@ -63,13 +65,49 @@ def compile_kernels(make: Make, roimap: RoiMap, say: Callable[[str], None]) -> N
                 frame_time=1.0,
                 count_time=1.0,
             )
-            frames = np.zeros((2, *shape), dtype)
-            frames.flags.writeable = False
             for operator in make(start):
-                operator.push(FrameBatch(run="", first=0, frames=frames, timestamp_ns=0))
-                operator.result()
+                for batch in _every_kind(start):
+                    operator.push(batch)
+                    operator.result()
+                    operator.restore(operator.snapshot())
+
+    slow = threading.Timer(1.5, say, ["compiling the kernels (once per installation)"])
+    slow.start()
+    try:
+        kernel_cache.fill(CACHE, exercise)
     finally:
         slow.cancel()
+
+
+def compile_all(say: Callable[[str], None]) -> None:
+    """Compile the kernels of every operator and of both kinds of error bars."""
+    bins = np.ones((8, 256), np.int32)
+    roimap = RoiMap(static_roi_map=bins, dynamic_roi_map=bins)
+    for error in ("static", "pixel"):
+        # Where frames come from does not matter: nothing is opened.
+        document = {"source": {"address": "any.h5"}, "qmap": "any", "operators": {"multitau": {"error": error}}}
+        compile_kernels(operators_of(check(document), roimap), roimap, say)
+
+
+def _every_kind(start: RunStart) -> Iterator[FrameBatch]:
+    """Yield frames that are dark, dim, as bright as can be, and too bright; dense, and after a gap as events."""
+    counts = np.zeros((4, math.prod(start.shape)), start.dtype)
+    counts[1] = 1
+    counts[2] = np.iinfo(start.dtype).max - 1
+    counts[3, ::2] = np.iinfo(start.dtype).max
+    of_frame, pixels = np.nonzero(counts)
+    frames = counts.reshape(4, *start.shape)
+    events = Events(
+        shape=frames.shape,
+        offsets=np.searchsorted(of_frame, np.arange(5)),
+        pixels=pixels.astype(np.uint32),
+        counts=counts[of_frame, pixels],
+    )
+    frames.flags.writeable = False
+    # One frame has no delays yet, and after a gap that long there are all of them.
+    yield FrameBatch(run="", first=0, frames=frames[:1], timestamp_ns=0)
+    yield FrameBatch(run="", first=1, frames=frames[1:], timestamp_ns=0)
+    yield FrameBatch(run="", first=1 << 20, frames=events, timestamp_ns=0)
 
 
 def source_of(section: SourceSection) -> Source:
@@ -84,6 +122,10 @@ def source_of(section: SourceSection) -> Source:
             if "metadata" in options:
                 options["metadata"] = Path(options["metadata"])
             return Hdf5Source(there(Path(where.target)), **options)
+        case "rigaku":
+            if "metadata" in options:
+                options["metadata"] = Path(options["metadata"])
+            return RigakuSource(there(Path(where.target)), **options)
         case "recording":
             return RecordingSource(there(Path(where.target)), **options)
 
@@ -97,9 +139,9 @@ def frames_of(text: str, batch: int | None, frame_time: float | None, otherwise:
         There is nothing to tell the frame time, or no use for it.
     """
     section = SourceSection(address=text, batch=batch) if batch else SourceSection(address=text)
-    if address(text).transport != "hdf5":
+    if address(text).transport not in ("hdf5", "rigaku"):
         if frame_time is not None:
-            raise ConfigError(f"--frame-time is for HDF5 files, not for {text}")
+            raise ConfigError(f"--frame-time is for HDF5 and Rigaku files, not for {text}")
         return source_of(section)
     try:
         return source_of(section.model_copy(update={"frame_time": frame_time}))

@@ -26,7 +26,7 @@ from pydantic_core import ErrorDetails
 from stream.errors import ConfigError
 from stream.units import quantity
 
-Transport = Literal["dectris", "zmq", "hdf5", "recording"]
+Transport = Literal["dectris", "zmq", "hdf5", "recording", "rigaku"]
 
 _SCHEMES: dict[str, Transport] = {"zmq+dectris://": "dectris", "zmq://": "zmq"}
 _SUFFIXES: dict[str, Transport] = {
@@ -36,6 +36,8 @@ _SUFFIXES: dict[str, Transport] = {
     ".hdf": "hdf5",
     ".cbors": "recording",
     ".cbors.xz": "recording",
+    ".bin": "rigaku",
+    ".bin.000": "rigaku",
 }
 MAX_PORT = 65535
 _ADDRESSES = "zmq+dectris://HOST:PORT, zmq://HOST:PORT, or a file ({})".format(" ".join(_SUFFIXES))
@@ -113,13 +115,14 @@ _SOURCE_OPTIONS: dict[Transport, frozenset[str]] = {
     "zmq": frozenset({"bind"}),
     "hdf5": frozenset({"batch", "metadata", "dataset", "frame_time"}),
     "recording": frozenset({"batch", "channel"}),
+    "rigaku": frozenset({"batch", "metadata", "frame_time"}),
 }
 
 
 class SourceSection(_Section):
     """Where frames come from."""
 
-    address: Annotated[str, AfterValidator(_address_of("dectris", "zmq", "hdf5", "recording"))]
+    address: Annotated[str, AfterValidator(_address_of("dectris", "zmq", "hdf5", "recording", "rigaku"))]
     """See `stream.config.address`."""
     batch: Annotated[int, Field(ge=1, le=65536)] | None = None
     """Frames handed on together."""
@@ -128,11 +131,11 @@ class SourceSection(_Section):
     bind: bool | None = None
     """Whether this side of a ZeroMQ connection waits for the other."""
     metadata: File | None = None
-    """Metadata file beside an HDF5 file."""
+    """Metadata file beside an HDF5 or Rigaku file."""
     dataset: str | None = None
     """Name of the frames in an HDF5 file."""
     frame_time: Seconds | None = None
-    """Start to start of frames (s), for an HDF5 file that does not tell."""
+    """Start to start of frames (s), for a file that does not tell."""
 
     @field_validator("batch", "channel", "bind", "metadata", "dataset", "frame_time")
     @classmethod

@@ -99,9 +99,10 @@ def of_frames(source: Source, stop: threading.Event, limit: int) -> Facts:
                 largest = np.iinfo(start.dtype).max if start.saturation_value is None else start.saturation_value
             case FrameBatch() if start is not None and message.run == start.run:
                 ledger.admit(message.first, len(message.frames))
-                saturated = message.frames > largest
-                masked &= saturated.all(axis=0)
-                total += np.where(saturated, 0, message.frames).sum(axis=0)
+                for frame in message.frames:
+                    saturated = frame > largest
+                    masked &= saturated
+                    total += np.where(saturated, 0, frame)
             case RunStop() if start is not None and message.run == start.run:
                 ledger.close(message.n_frames)
                 end = message

@@ -3,9 +3,9 @@
 Plain frozen dataclasses, validated once where bytes become messages (`stream.wire`, `stream.ingest`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,61 @@ class RunStart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Events:
+    """Frames of few photons: only the pixels that are not dark. Cut and iterated over like an array of frames."""
+
+    shape: tuple[int, int, int]
+    """Frames, rows, columns."""
+    offsets: NDArray[np.int64]
+    """(n + 1,) the events of frame i are offsets[i]:offsets[i + 1]; from 0 to n_event. The arrays become read-only."""
+    pixels: NDArray[np.uint32]
+    """(n_event,) row * columns + column, strictly ascending within a frame."""
+    counts: NDArray[np.unsignedinteger[Any]]
+    """(n_event,) above 0, of one of `DTYPES`."""
+
+    def __post_init__(self) -> None:
+        # Kernels would be compiled once more for arrays that can be written to.
+        for array in (self.offsets, self.pixels, self.counts):
+            array.flags.writeable = False
+
+    @property
+    def dtype(self) -> np.dtype[np.unsignedinteger[Any]]:
+        """Of the counts."""
+        return self.counts.dtype
+
+    def __len__(self) -> int:
+        """Return the number of frames."""
+        return self.shape[0]
+
+    def __getitem__(self, frames: slice) -> Self:
+        """Return some of the frames, without copying events. The step is 1."""
+        first, end, step = frames.indices(len(self))
+        if step != 1:
+            raise ValueError(f"events are cut in steps of 1, not {step}")
+        end = max(first, end)
+        offsets = self.offsets[first : end + 1]
+        events = slice(offsets[0], offsets[-1])
+        return type(self)(
+            shape=(end - first, *self.shape[1:]),
+            offsets=offsets - offsets[0],
+            pixels=self.pixels[events],
+            counts=self.counts[events],
+        )
+
+    def __iter__(self) -> Iterator[NDArray[np.unsignedinteger[Any]]]:
+        """Yield frame after frame with its dark pixels, (rows, columns)."""
+        return (self[i : i + 1].dense()[0] for i in range(len(self)))
+
+    def dense(self) -> NDArray[np.unsignedinteger[Any]]:
+        """Return the frames with their dark pixels, (n, rows, columns)."""
+        n, rows, columns = self.shape
+        frames = np.zeros(self.shape, self.dtype)
+        of_frame = np.repeat(np.arange(n), np.diff(self.offsets))
+        frames.reshape(n, rows * columns)[of_frame, self.pixels] = self.counts
+        return frames
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FrameBatch:
     """Frames first, first + 1, ... A frame that never came is a jump in `first`."""
 
@@ -62,8 +117,8 @@ class FrameBatch:
     region: int = 0
     first: int
     """Counted from 0 at RunStart."""
-    frames: NDArray[np.unsignedinteger[Any]]
-    """(n >= 1, rows, columns), counts; read-only, valid until the next message."""
+    frames: NDArray[np.unsignedinteger[Any]] | Events
+    """(n >= 1, rows, columns), counts; read-only. A source never writes to them again, so that they may be kept."""
     timestamp_ns: int
     """Start of frame `first`, ns since the Unix epoch."""
 

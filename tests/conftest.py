@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from stream.messages import FrameBatch, RunStart
+from stream.messages import Events, FrameBatch, RunStart
 from stream.operators.roimap import RoiMap
 
 # Kernels compile on their first call, which hypothesis would take for a slow example.
@@ -38,6 +38,17 @@ def make_roimap(shape=(6, 50), n_static=6, n_dynamic=2, seed=0):
 def make_start(shape=(6, 50), **changes):
     return RunStart(
         **{"run": "run-1", "shape": shape, "dtype": "<u2", "frame_time": 0.01, "count_time": 0.009} | changes
+    )
+
+
+def events_of(frames):
+    """The same frames as `Events`."""
+    of_frame, row, column = np.nonzero(frames)
+    return Events(
+        shape=frames.shape,
+        offsets=np.searchsorted(of_frame, np.arange(len(frames) + 1)),
+        pixels=(row * frames.shape[2] + column).astype(np.uint32),
+        counts=frames[frames > 0],
     )
 
 

@@ -73,6 +73,13 @@ def chunk(codec, declared, block, packed=b""):
     return frames(payload, codec=codec, nbytes=len(payload), crc32c=crc32c(payload))
 
 
+def events(offsets=(0, 2, 5), pixels=(3, 11, 0, 1, 7), counts=(1, 2, 65535, 1, 9), **changes):
+    """Events of 2 frames of 3 x 4 pixels."""
+    arrays = (np.array(offsets, "<i8"), np.array(pixels, "<u4"), np.array(counts, "<u2"))
+    payload = b"".join(array.tobytes() for array in arrays)
+    return frames(payload, **{"codec": "events", "nbytes": len(payload), "crc32c": crc32c(payload)} | changes)
+
+
 def without(header, name):
     return {key: value for key, value in header.items() if key != name}
 
@@ -84,7 +91,7 @@ def nested(depth):
     return value
 
 
-ALIVE = [start(), frames(), stop(), result()]
+ALIVE = [start(), frames(), stop(), result(), events()]
 """What the corpus is made from; these are well-formed."""
 
 CORPUS = [
@@ -202,6 +209,27 @@ CORPUS = [
         ),
         "cannot be packed into 12",
     ),
+    ("events of more frames", events(n=3), "54 bytes are not the events of 3 frames of <u2"),
+    ("events of 2**31 frames", events(n=2**31 - 1), "54 bytes are not the events of 2147483647 frames"),
+    ("events of wider counts", events(dtype="<u4"), "54 bytes are not the events of 2 frames of <u4"),
+    ("events of frames larger than the bound", events(shape=[2**20, 2**20]), "[1048576, 1048576]"),
+    ("events that do not begin at 0", events(offsets=(1, 2, 5)), "offsets go from 1 to 5"),
+    ("events that end too early", events(offsets=(0, 2, 4)), "offsets go from 0 to 4, not from 0 to the 5"),
+    ("events that end too late", events(offsets=(0, 2, 2**60)), "offsets go from 0 to 1152921504606846976"),
+    ("events of negative number", events(offsets=(0, -1, 5)), "offsets fall from 0 to -1 at frame 0"),
+    ("events outside of all", events(offsets=(0, 7, 5)), "offsets fall from 7 to 5 at frame 1"),
+    ("an event outside of its frame", events(pixels=(3, 12, 0, 1, 7)), "event 1 is at pixel 12 of frames of 12 pixels"),
+    ("a pixel twice", events(pixels=(3, 11, 1, 1, 7)), "event 3 at pixel 1 follows pixel 1"),
+    ("pixels out of order", events(pixels=(3, 11, 7, 1, 0)), "event 3 at pixel 1 follows pixel 7"),
+    ("last pixels out of order", events(pixels=(3, 11, 0, 7, 1)), "event 4 at pixel 1 follows pixel 7"),
+    ("pixels out of order in the first frame", events(pixels=(11, 3, 0, 1, 7)), "event 1 at pixel 3 follows pixel 11"),
+    (
+        "pixels out of order beside frames without events",
+        events(n=4, offsets=(0, 0, 5, 5, 5)),
+        "event 2 at pixel 0 follows pixel 11",
+    ),
+    ("an event of no counts", events(counts=(1, 2, 3, 0, 9)), "event 3 has no counts"),
+    ("damaged events", events(crc32c=7), "crc32c is 0x"),
     ("exit_status unknown", stop(exit_status="crashed"), "exit_status = 'crashed'"),
     ("n_frames is negative", stop(n_frames=-1), "n_frames = -1"),
     ("n_frames is past 2**62", stop(n_frames=2**62 + 1), "n_frames = 4611686018427387905"),

@@ -64,6 +64,7 @@ def test_the_defaults_are_those_of_the_example_file():
         {"checkpoint": {"path": "c", "every": "1 min"}, "publish_every": "123.456789012 ms", "threads": 3},
         {"source": {"address": "f.h5", "frame_time": "0.1 us", "batch": 7}, "sinks": ["{run}.h5"]},
         {"operators": {"multitau": {"error": "pixel"}, "scattering": False}},
+        {"source": {"address": "x.bin", "frame_time": "20 us", "batch": 512, "metadata": "y.hdf"}},
     ],
 )
 def test_the_text_of_a_configuration_says_the_same_again(tmp_path, more):
@@ -173,6 +174,8 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         ("x.hdf", "hdf5", "x.hdf"),
         ("x.cbors", "recording", "x.cbors"),
         ("x.cbors.xz", "recording", "x.cbors.xz"),
+        ("x.bin", "rigaku", "x.bin"),
+        ("file:/data/x.bin.000", "rigaku", "/data/x.bin.000"),
     ],
 )
 def test_an_address_is_a_transport_and_a_target(text, transport, target):

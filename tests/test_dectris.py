@@ -28,6 +28,7 @@ from stream.sinks.dectris import DectrisSink
 from stream.sinks.dectris_image import CompressedImage, Compressor
 from stream.sinks.faults import Faults
 from tests import dectris_hostile as hostile
+from tests.conftest import events_of
 
 RECORDINGS = [(1, "eiger1m_stream_v1.cbors.xz", 9), (2, "eiger1m_stream_v2.cbors.xz", 10)]
 ARMED = "2026-03-01T12:00:00.250000+00:00"
@@ -586,6 +587,15 @@ def test_a_sink_that_nobody_receives_from_says_so():
         pytest.raises(SinkError, match=f"{sink.address}: nobody took anything for 0.05 s"),
     ):
         sink.write(START)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_events_are_sent_as_the_images_they_are(version):
+    frames = counts() * (counts(seed=1) > 4)
+    with DectrisSink("tcp://127.0.0.1:*", version=version) as sink, DectrisSource(sink.address) as source:
+        for output in (START, batch(events_of(frames)), replace(STOP, run="series-1")):
+            sink.write(output)
+        assert frames_of(receive(source)).tolist() == frames.tolist()
 
 
 def test_a_sink_refuses_frames_of_a_run_that_was_not_started():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stream.messages import FrameBatch
+from stream.messages import Events, FrameBatch
 from stream.operators import intensity as intensity_module
 from stream.operators.intensity import Intensity
 from stream.operators.scattering import Scattering
@@ -55,3 +55,27 @@ def test_long_runs_keep_their_intensity_in_bounded_memory(monkeypatch):
     result = operator.result()
     assert result["frame"].tolist() == [0, 16, 32, 48, 64, 80, 96]
     assert result["intensity"].tolist() == [7.5, 23.5, 39.5, 55.5, 71.5, 87.5, 97.5]
+
+
+def test_more_counts_than_32_bits_hold_are_added_up_exactly():
+    frames = np.broadcast_to(np.array(65535, "<u2"), (70_000, 6, 50))
+    operator = Scattering(make_start(), ROIMAP)
+    operator.push(FrameBatch(run="run-1", first=11 * 2**17, frames=frames, timestamp_ns=0))
+    result = operator.result()
+    assert (result["image"] == 65535).all()
+    assert (result["scattering_1d"] == 65535).all()
+
+
+def test_events_cost_nothing_for_dark_pixels():
+    """A dense batch of these frames would not fit into any memory."""
+    start = make_start((512, 1024), saturation_value=4094)
+    roimap = make_roimap((512, 1024))
+    offsets = np.arange(2**20 + 1)
+    pixels, counts = np.full(2**20, 77, "u4"), np.full(2**20, 2, "<u2")
+    events = Events(shape=(2**20, 512, 1024), offsets=offsets, pixels=pixels, counts=counts)
+    scattering, intensity = Scattering(start, roimap), Intensity(start, roimap)
+    for operator in (scattering, intensity):
+        operator.push(FrameBatch(run="run-1", first=0, frames=events, timestamp_ns=0))
+    assert scattering.result()["image"].ravel()[[76, 77]].tolist() == [0, 2]
+    mean = 2 / np.count_nonzero(roimap.static_roi_map) * (roimap.static_roi_map.flat[77] > 0)
+    np.testing.assert_allclose(intensity.result()["intensity"], mean, rtol=1e-15)

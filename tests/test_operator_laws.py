@@ -11,7 +11,7 @@ from stream.operators.intensity import Intensity
 from stream.operators.multitau import MultiTau
 from stream.operators.roimap import RoiMap
 from stream.operators.scattering import Scattering
-from tests.conftest import make_roimap, make_start
+from tests.conftest import events_of, make_roimap, make_start
 from tests.conftest import push as push_frames
 
 SHAPE = (6, 50)
@@ -25,9 +25,24 @@ def multitau_per_pixel(start, roimap, **options):
 every_operator = pytest.mark.parametrize("make", [MultiTau, multitau_per_pixel, Scattering, Intensity])
 
 
+class Mixed:
+    """Frames of which a batch comes dense or as `Events`, by the number of its first frame."""
+
+    def __init__(self, frames, sparse):
+        self.frames = frames
+        self.sparse = sparse
+
+    def __getitem__(self, key):
+        span, *where = key if isinstance(key, tuple) else (key,)
+        if where:
+            return Mixed(self.frames[span, *where], self.sparse)
+        part = self.frames[span]
+        return events_of(part) if self.sparse[span.start % len(self.sparse)] else part
+
+
 @st.composite
 def streams(draw):
-    """Frames of any dtype with saturated pixels, cut into batches, some of which never come."""
+    """Frames of any dtype with saturated pixels, cut into batches, dense or events, some of which never come."""
     dtype = draw(st.sampled_from(["|u1", "<u2", "<u4"]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     lengths = draw(st.lists(st.integers(1, 90), min_size=1, max_size=5))
@@ -38,7 +53,10 @@ def streams(draw):
     ends = np.cumsum(lengths)
     came = [draw(st.booleans()) for _ in lengths[:-1]] + [True]
     spans = [(int(end - n), int(end)) for n, end, here in zip(lengths, ends, came, strict=True) if here]
-    return start, frames, spans
+    dark = rng.random(frames.shape) < draw(st.sampled_from([0, 0.99]))
+    frames[dark] = 0
+    frames[:, rng.random(SHAPE) < draw(st.sampled_from([0, 0.02]))] = np.iinfo(dtype).max
+    return start, Mixed(frames, draw(st.lists(st.booleans(), min_size=1, max_size=7))), spans
 
 
 def push(operator, frames, spans):
@@ -62,6 +80,15 @@ def test_how_frames_are_batched_does_not_matter(make, stream, cut):
     whole, cut_up = push(make(start, ROIMAP), frames, spans), push(make(start, ROIMAP), frames, pieces)
     assert_same(whole.result(), cut_up.result())
     assert_same(whole.snapshot(), cut_up.snapshot())
+
+
+@every_operator
+@given(stream=streams())
+def test_events_and_dense_frames_are_the_same(make, stream):
+    start, frames, spans = stream
+    dense, sparse = (push(make(start, ROIMAP), Mixed(frames.frames, [kind]), spans) for kind in (False, True))
+    assert_same(dense.result(), sparse.result())
+    assert_same(dense.snapshot(), sparse.snapshot())
 
 
 @every_operator

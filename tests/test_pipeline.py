@@ -20,7 +20,7 @@ from stream.operators.multitau import MultiTau
 from stream.operators.scattering import Scattering
 from stream.pipeline import Pipeline
 from tests import hostile
-from tests.conftest import make_roimap, make_start
+from tests.conftest import events_of, make_roimap, make_start
 from tests.sources import ListSink, ListSource, LiveSource
 
 SHAPE = (6, 50)
@@ -168,6 +168,17 @@ def test_late_and_duplicate_frames_are_told_apart_and_not_used():
     without = process([RUN[0], batch(0, 12), batch(24, 60), stop()])
     key = ("run-1", "multitau")
     np.testing.assert_array_equal(sink.results(final=True)[key]["G2"], without.results(final=True)[key]["G2"])
+
+
+def test_events_that_are_late_duplicate_or_do_not_fit_are_treated_as_dense_frames_are():
+    spans = [(0, 12), (24, 36), (12, 24), (30, 48), (48, 60)]
+    dense = process([RUN[0], *(batch(*span) for span in spans), stop()])
+    events = [batch(*span, frames=events_of(FRAMES[slice(*span)])) for span in spans]
+    sparse = process([RUN[0], *events, stop()])
+    assert_same_results(dense.results(final=True), sparse.results(final=True))
+    wrong = [batch(12, 24, frames=events_of(frames)) for frames in (FRAMES[12:24, :3], FRAMES[12:24].astype("<u4"))]
+    counts = ledger(process([RUN[0], events[0], *wrong, stop()]))
+    assert (counts["received"], counts["undecodable"]) == (12, 2)
 
 
 def test_frames_beyond_what_was_planned_are_rejected_and_do_not_spoil_the_rest():

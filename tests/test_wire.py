@@ -2,7 +2,7 @@ import contextlib
 import subprocess
 import sys
 import tracemalloc
-from dataclasses import fields
+from dataclasses import fields, replace
 from io import BytesIO
 
 import h5py
@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from stream.errors import DecodeError
-from stream.messages import FrameBatch, Result, RunStart, RunStop
+from stream.messages import Events, FrameBatch, Result, RunStart, RunStop
 from stream.wire import MAX_COUNT, MAX_FRAME_BYTES, MAX_LENGTH, check_start, decode, encode, pack_arrays, unpack_arrays
 from tests import hostile
+from tests.conftest import events_of
 
 
 def same(one, other):
@@ -29,13 +30,14 @@ def same(one, other):
         return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
     if isinstance(one, dict):
         return list(one) == list(other) and all(same(one[name], other[name]) for name in one)
-    if isinstance(one, RunStart | FrameBatch | RunStop | Result):
+    if isinstance(one, RunStart | FrameBatch | Events | RunStop | Result):
         return all(same(getattr(one, field.name), getattr(other, field.name)) for field in fields(one))
     return one == other
 
 
 RUN = "9f3c"
 COUNTS = np.arange(24, dtype="<u2").reshape(2, 3, 4)
+FEW = np.array([[[0, 0, 7], [0, 0, 0]], [[0, 0, 0], [0, 0, 0]], [[1, 0, 0], [0, 0, 258]]], "<u2")
 T0 = 1_750_000_000_000_000_000
 
 TABLE = [
@@ -87,6 +89,25 @@ TABLE = [
             "timestamp_ns": T0,
         },
         "0000010002000300040005000600070008000900 0a000b000c000d000e000f001000110012001300140015001600 1700",
+    ),
+    (
+        FrameBatch(run=RUN, region=2, first=7, frames=events_of(FEW), timestamp_ns=T0),
+        b"frames/2",
+        {
+            "s": "frames",
+            "v": 1,
+            "run": RUN,
+            "region": 2,
+            "first": 7,
+            "n": 3,
+            "shape": [2, 3],
+            "dtype": "<u2",
+            "codec": "events",
+            "nbytes": 50,
+            "crc32c": 0x1C40E3BE,
+            "timestamp_ns": T0,
+        },
+        "0000000000000000 0100000000000000 0100000000000000 030000000000000002000000 00000000 050000000700 0100 0201",
     ),
     (
         RunStop(run=RUN, region=2, n_frames=1000, exit_status="abort"),
@@ -185,9 +206,12 @@ batches = st.builds(
     run=names,
     region=regions,
     first=st.integers(0, MAX_COUNT - 5),
-    frames=hnp.arrays(
-        st.sampled_from(["|u1", "<u2", "<u4"]), hnp.array_shapes(min_dims=3, max_dims=3, min_side=1, max_side=5)
-    ),
+    frames=(
+        counted := hnp.arrays(
+            st.sampled_from(["|u1", "<u2", "<u4"]), hnp.array_shapes(min_dims=3, max_dims=3, min_side=1, max_side=5)
+        )
+    )
+    | counted.map(events_of),
     timestamp_ns=st.integers(0, 2**63 - 1),
 )
 stops = st.builds(
@@ -217,6 +241,41 @@ def test_every_message_comes_back_the_same(message):
     assert same(decode([bytes(part) for part in encode(message)]), message)
 
 
+@given(counted)
+def test_events_are_the_frames(frames):
+    events = events_of(frames)
+    assert (len(events), events.shape, events.dtype) == (len(frames), frames.shape, frames.dtype)
+    assert same(events.dense(), frames)
+    assert same(np.array(list(events)), frames)
+
+
+@given(counted, st.integers(0, 6), st.integers(0, 6))
+def test_a_part_of_events_is_that_part_of_the_frames(frames, first, end):
+    events = events_of(frames)
+    part = events[first:end]
+    assert same(part, events_of(frames[first:end]))
+    assert not part.pixels.size or np.shares_memory(part.pixels, events.pixels)
+
+
+def test_events_are_not_copied_on_the_way_in_and_cannot_be_written_to():
+    parts = hostile.events()
+    frames = decode(parts).frames
+    for array in (frames.offsets, frames.pixels, frames.counts):
+        assert np.shares_memory(array, np.frombuffer(parts[2], "u1"))
+        assert array.flags.aligned
+        assert not array.flags.writeable
+
+
+def test_many_frames_of_few_events_may_be_larger_than_a_message_of_dense_frames():
+    events = Events(
+        shape=(5000, 2**14, 2**14),
+        offsets=np.minimum(np.arange(5001), 1),
+        pixels=np.array([2**28 - 1], "u4"),
+        counts=np.array([3], "u1"),
+    )
+    assert same(decode(encode(FrameBatch(run=RUN, first=0, frames=events, timestamp_ns=T0))).frames, events)
+
+
 @given(arrays)
 def test_every_array_comes_back_the_same_aligned_and_read_only(arrays):
     table, buffers = pack_arrays(arrays)
@@ -241,7 +300,7 @@ def test_a_header_with_any_byte_changed_is_read_or_refused(parts, data):
 
 
 def test_what_the_hostile_corpus_is_made_from_is_well_formed():
-    assert [type(decode(parts)) for parts in hostile.ALIVE] == [RunStart, FrameBatch, RunStop, Result]
+    assert [type(decode(parts)) for parts in hostile.ALIVE] == [RunStart, FrameBatch, RunStop, Result, FrameBatch]
 
 
 def test_every_hostile_message_is_refused_in_a_line_that_names_the_thing():
@@ -323,6 +382,9 @@ def test_big_endian_arrays_arrive_as_little_endian():
     assert same(unpack_arrays(table, buffers[0]), {"q": np.arange(3, dtype="<f8")})
 
 
+EVENTS = events_of(COUNTS)
+
+
 def a_start(**changes):
     given = {"run": RUN, "shape": (3, 4), "dtype": "<u2", "frame_time": 0.001, "count_time": 0.001}
     return RunStart(**given | changes)
@@ -347,6 +409,12 @@ def test_count_time_may_exceed_frame_time_by_single_precision():
         (a_start(metadata={"a": "x" * 2**20}), "a header of"),
         (FrameBatch(run=RUN, first=0, frames=COUNTS[0], timestamp_ns=T0), r"shape \(3, 4\)"),
         (FrameBatch(run=RUN, first=0, frames=COUNTS[:0], timestamp_ns=T0), "n = 0"),
+        (FrameBatch(run=RUN, first=0, frames=events_of(COUNTS)[:0], timestamp_ns=T0), "n = 0"),
+        (
+            FrameBatch(run=RUN, first=0, frames=replace(EVENTS, pixels=EVENTS.pixels + 9), timestamp_ns=T0),
+            "at pixel 12",
+        ),
+        (FrameBatch(run=RUN, first=0, frames=replace(EVENTS, shape=(3, 3, 4)), timestamp_ns=T0), "of 3 frames"),
         (FrameBatch(run=RUN, first=0, frames=COUNTS.astype(">u2"), timestamp_ns=T0), "dtype = '>u2'"),
         (FrameBatch(run=RUN, first=0, frames=COUNTS.astype("f8"), timestamp_ns=T0), "dtype = '<f8'"),
         (RunStop(run=RUN, n_frames=-1, exit_status="success"), "n_frames = -1"),

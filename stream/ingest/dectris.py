@@ -111,9 +111,8 @@ class DectrisDecoder:
             if self._series.run == image.run:
                 yield from self._announce(self._series, counts)
             batch = self._open = _OpenBatch(image.run, image.number, timestamp_ns)
-            if not self._fits(counts):
-                capacity = min(self._batch, max(1, MAX_BATCH_BYTES // counts.nbytes))
-                self._buffer = np.empty((capacity, *counts.shape), counts.dtype)
+            capacity = min(self._batch, max(1, MAX_BATCH_BYTES // counts.nbytes))
+            self._buffer = np.empty((capacity, *counts.shape), counts.dtype)
         frame = self._buffer[batch.n]
         frame[...] = counts
         batch.n += 1

@@ -103,7 +103,7 @@ class Hdf5Source:
                 self._files = files.pop_all()
         except (OSError, RuntimeError, KeyError, ValueError) as error:  # as h5py finds the file damaged
             raise SourceError(f"{path} is damaged: {error}") from error
-        self._buffer = self._blocks[0].buffer(batch)
+        self._batch = batch
         self._place = f"{self._start.run}:frame"
         self._next = -1
 
@@ -149,8 +149,8 @@ class Hdf5Source:
         begin = self._next
         which = bisect_right(self._offsets, begin) - 1
         block, row = self._blocks[which], begin - self._offsets[which]
-        step = len(self._buffer)
-        frames = self._buffer[: min(step - row % step, block.n_frames - row)]
+        step = block.step(self._batch)
+        frames = block.room(min(step - row % step, block.n_frames - row))
         problems = block.read(row, frames)
         counts = frames.view(self._start.dtype)
         counts.reshape(len(counts), -1)[:, self._masked] = np.iinfo(counts.dtype).max
@@ -178,11 +178,14 @@ class _Block:
         self._has_gaps = dataset.chunks is not None and dataset.id.get_num_chunks() < _n_chunks(dataset)
         self._is_bslz4 = _is_bslz4_by_frame(dataset)
 
-    def buffer(self, batch: int) -> NDArray[np.integer[Any]]:
-        """Return room for `batch` frames, rounded to whole chunks."""
+    def step(self, batch: int) -> int:
+        """Return `batch`, rounded to whole chunks, or fewer frames if they are large."""
         chunk = self._chunks[0] if self._dataset.chunks else 1
         frame_bytes = self._dataset.dtype.itemsize * self._rows * self._columns
-        n = min(chunk * max(1, batch // chunk), max(1, MAX_READ_BYTES // frame_bytes))
+        return int(min(chunk * max(1, batch // chunk), max(1, MAX_READ_BYTES // frame_bytes)))
+
+    def room(self, n: int) -> NDArray[np.integer[Any]]:
+        """Return room for n frames."""
         return np.empty((n, self._rows, self._columns), self._dataset.dtype.newbyteorder("<"))
 
     def read(self, first: int, frames: NDArray[np.integer[Any]]) -> list[str | None]:

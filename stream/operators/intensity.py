@@ -4,7 +4,7 @@ from typing import Self
 
 import numpy as np
 
-from stream.messages import Arrays, FrameBatch, RunStart
+from stream.messages import Arrays, Events, FrameBatch, RunStart
 from stream.operators.kernels import totals
 from stream.operators.roimap import RoiMap
 from stream.operators.segments import Segments
@@ -32,22 +32,31 @@ class Intensity:
         self._start = start
         self._roimap = roimap
         self._threads = Threads(threads)
-        self._limit = np.iinfo(np.int64).max if start.saturation_value is None else start.saturation_value
+        self._limit = totals.limit(start.dtype, start.saturation_value)
         inside = static_bins(start, roimap) > 0
         self._alive = inside.ravel().astype(np.uint8)
+        self._n_alive = int(np.count_nonzero(self._alive))
         self._intervals = Segments(MAX_INTERVALS, 2)
 
     def push(self, batch: FrameBatch) -> None:
         """Fold in frames; see `stream.protocols.Operator`."""
-        frames = flat(batch.frames)
+        frames = batch.frames if isinstance(batch.frames, Events) else flat(batch.frames)
         per_frame = np.zeros((self._threads.n, 2, len(frames)), np.int64)
 
         def add(part: int, begin: int, end: int) -> None:
-            totals.over_pixels(frames, self._limit, self._alive, per_frame[part, 0], per_frame[part, 1], begin, end)
+            state = (self._limit, self._alive, per_frame[part, 0], per_frame[part, 1])
+            if isinstance(frames, Events):
+                totals.over_pixels_of_events(frames.offsets, frames.pixels, frames.counts, *state, begin, end)
+            else:
+                totals.over_pixels(frames, *state, begin, end)
 
         self._threads.run(add, self._alive.size)
-        for interval, part in self._intervals.over(batch.first, len(frames)):
-            self._intervals.sums[interval] += per_frame[:, :, part].sum(axis=(0, 2))
+        counts, left = per_frame.sum(axis=0)
+        n_alive = self._n_alive - np.cumsum(left)
+        self._intervals.reach(batch.first + len(frames))
+        interval = np.arange(batch.first, batch.first + len(frames)) // self._intervals.length
+        np.add.at(self._intervals.sums, interval, np.column_stack([counts, n_alive]))
+        self._n_alive = int(n_alive[-1])
         self.n_frames = batch.first + len(frames)
 
     def result(self) -> Arrays:
@@ -83,4 +92,5 @@ class Intensity:
         check_identity(self.name, state, identity(self._start, self._roimap))
         self.n_frames, self._intervals.length = (int(n) for n in state["n_frames"])
         self._alive = state["alive"].copy()
+        self._n_alive = int(np.count_nonzero(self._alive))
         self._intervals.sums = state["intervals"].copy()

@@ -12,23 +12,35 @@ A pixel that reads more than the saturation value leaves for the rest of the run
 none is formed afterwards.
 """
 
-from typing import Literal, Self
+from collections.abc import Sequence
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stream.errors import ConfigError
-from stream.messages import Arrays, FrameBatch, RunStart
+from stream.messages import Arrays, Events, FrameBatch, RunStart
+from stream.operators.history import COUNT_BITS, empty_planes, restore_planes, saved_planes
 from stream.operators.kernels import multitau as kernel
 from stream.operators.kernels import wide
+from stream.operators.kernels.layout import BLOCK, CACHE_LINE, CHUNK, LANES, TILE, Block, History, Sums, slots
 from stream.operators.roimap import RoiMap
 from stream.operators.state import check_identity, identity, static_bins
-from stream.operators.tiles import Threads, Tiles, flat
+from stream.operators.tiles import Threads, Tiles
 
 Error = Literal["static", "pixel"]
 
-PIXEL_BLOCK = 16
-"""Frames pushed together with an accumulator per pixel: the counts per bin and frame then are whole frames of int64."""
+LAYOUT = 2
+"""Of a snapshot; those of another one cannot be restored."""
+
+EVENT_BLOCK = 2**14
+"""Frames of few photons that are folded in together at most."""
+
+HELD_BYTES = 2**29
+"""Frames of so many bytes are folded in even if they do not make a block."""
+
+HELD_EVENTS = 2**25
+"""As many events are folded in even if they do not make a block."""
 
 
 class MultiTau:
@@ -58,8 +70,8 @@ class MultiTau:
     ValueError
         An option is out of range.
     ConfigError
-        By `push`: a bin of one frame holds 2**62 / 2**(levels-1) counts or more (1.4e14 with 16 levels), which cannot
-        be summed exactly: mask the pixels, or take fewer levels.
+        By whatever folds in held frames (`push`, `result`, `snapshot`, `merge`): a pixel of one frame holds
+        2**49 / 2**levels counts or more, which only uint32 with more than 17 levels can. Mask it, or take fewer levels.
     """
 
     name = "multitau"
@@ -78,7 +90,6 @@ class MultiTau:
             raise ValueError(f"delays_per_level: {delays_per_level} is not in 1..32")
         if not 1 <= levels <= 28:
             raise ValueError(f"levels: {levels} is not in 1..28")
-        itemsize = np.dtype(start.dtype).itemsize
         self.n_frames = 0
         self._start = start
         self._roimap = roimap
@@ -89,146 +100,169 @@ class MultiTau:
         self._merged = False
 
         self._tiles = Tiles.of(static_bins(start, roimap))
-        self._live = self._tiles.live.copy()
-        n_column = self._live.size
-        self._static_of_bin = np.arange(roimap.n_static)
-        self._parts = self._threads.n
-        self._block = kernel.BLOCK
-        self._bins = self._tiles.bins
+        self._bins = self._tiles.bins.ravel()
+        self._static_of_bin: NDArray[np.integer[Any]] = np.arange(roimap.n_static)
+        parts = self._threads.n
         if error == "pixel":
             # Each pixel is its own bin, and threads never share one.
-            self._static_of_bin = self._tiles.bins.ravel()
-            self._pixel_of_bin = self._pixels(roimap.shape[1])
-            self._parts = 1
-            self._block = PIXEL_BLOCK
-            self._bins = np.arange(n_column).reshape(self._tiles.bins.shape)
+            inside = self._bins >= 0
+            self._static_of_bin = self._bins[inside]
+            self._pixel_of_bin = self._pixels()[inside]
+            self._bins = np.where(inside, np.cumsum(inside) - 1, -1).astype(np.int32)
+            parts = 1
         n_bin = len(self._static_of_bin)
-        self._alive = np.bincount(self._bins[self._live > 0], minlength=n_bin)
+        self._region = self._tiles.region(self._bins.reshape(-1, TILE))
+        self._alive = np.bincount(self._bins[self._bins >= 0], minlength=n_bin)
+        self._history = History(*empty_planes(len(self._bins) // LANES, self._d, levels))
+        n_slot = (levels + 1) * slots(self._d)
+        self._sums = [Sums(_aligned(n_bin * n_slot), np.zeros((2, n_bin, n_slot), np.int64)) for _ in range(parts)]
+        self._bound = 0.0
+        self._last_weights = np.zeros((levels, 2 * self._d), np.int64)
+        self._pairs = np.zeros((levels, 2 * self._d), np.int64)
+        # Pairs of pixels that left, (2, n_delay, n_bin).
+        self._N_left = np.zeros((2, (levels + 1) * self._d, n_bin), np.int64)
 
-        # A coarse pixel holds 2**(levels-1) frames of counts up to the dtype's maximum.
-        counts = np.int32 if 8 * itemsize + levels - 1 <= 31 else np.int64
-        self._history = np.zeros((0, 2 * self._d, n_column), counts)
-        self._bin_history = np.zeros((0, 2 * self._d, n_bin), np.int64)
-        self._weights = np.zeros((0, 2 * self._d), np.int64)
-        self._G2 = np.zeros((self._parts, 2, 0, n_bin), np.int64)
-        self._IP, self._IF, self._N = (np.zeros((2, 0, n_bin), np.int64) for _ in range(3))
-        self._pairs = np.zeros(0, np.int64)
-        self._pairs_settled = np.zeros(0, np.int64)
+        # Frames pushed and not yet folded in: those of them that came, where each begins, and how many they are.
+        self._held: list[NDArray[np.unsignedinteger]] = []
+        self._held_events: list[Events] = []
+        self._addresses = np.zeros(BLOCK, np.int64)
+        self._n_held = 0
+        self._unbroken = 0
+        """The first frame since the last that was missing."""
 
-    def _pixels(self, columns: int) -> NDArray[np.int64]:
-        """Return the flat index on the whole detector of the pixel of each column, -1 where it is not in the map."""
-        local = (self._tiles.first[:, None] + np.arange(kernel.TILE)).ravel()
-        row, column = np.divmod(local, self._start.shape[1])
-        pixel = (row + self._start.origin[0]) * columns + column + self._start.origin[1]
-        return np.where(self._live.ravel() > 0, pixel, -1)
+    def _pixels(self) -> NDArray[np.int64]:
+        """Return the flat index on the whole detector of the pixel of each column."""
+        row, column = np.divmod(self._tiles.pixels(), self._start.shape[1])
+        return (row + self._start.origin[0]) * self._roimap.shape[1] + column + self._start.origin[1]
 
     def push(self, batch: FrameBatch) -> None:
-        """Fold in frames; see `stream.protocols.Operator`."""
+        """Take frames, and fold them in when a block is full; see `stream.protocols.Operator`."""
         if self._merged:
             raise ValueError("multitau: a merged operator takes no frames")
         if batch.first < self.n_frames:
             raise ValueError(f"multitau: frame {batch.first} came after {self.n_frames} were pushed")
-        frames = flat(batch.frames)
         self._miss(batch.first)
-        done = 0
-        while done < len(frames):
-            clean = self._first_saturated(frames[done:])
-            for begin in range(done, done + clean, self._block):
-                block = frames[begin : min(begin + self._block, done + clean)]
-                self._advance(block, len(block))
-            done += clean
-            if done < len(frames):
-                self._retire(frames[done])
+        if isinstance(batch.frames, Events):
+            self._hold_events(batch.frames)
+        else:
+            self._hold(_rows(batch.frames))
+
+    def _hold(self, frames: NDArray[np.unsignedinteger]) -> None:
+        if self._held_events:
+            self._fold()
+        begin = 0
+        while begin < len(frames):
+            n = min(len(frames) - begin, BLOCK - self._n_held)
+            places = frames.ctypes.data + np.arange(begin, begin + n) * frames.strides[0]
+            self._addresses[self._n_held : self._n_held + n] = places
+            self._held.append(frames)
+            self._n_held += n
+            self.n_frames += n
+            begin += n
+            if self._n_held == BLOCK or _bytes(self._held) >= HELD_BYTES:
+                self._fold()
+
+    def _hold_events(self, frames: Events) -> None:
+        if self._n_held and not self._held_events:
+            self._fold()
+        begin = 0
+        while begin < len(frames):
+            # Blocks end where many coarse frames do. While old frames are missing, photons are taken row by row: so
+            # they become longer with the distance from the last one.
+            known = self.n_frames - self._n_held - self._unbroken
+            room = HELD_EVENTS * len(frames) // (len(frames.pixels) + 1)
+            length = max(BLOCK, min(EVENT_BLOCK, *(1 << max(each.bit_length() - 1, 0) for each in (known, room))))
+            end = (self.n_frames // length + 1) * length
+            n = min(len(frames) - begin, end - self.n_frames)
+            self._held_events.append(frames[begin : begin + n])
+            self._n_held += n
+            self.n_frames += n
+            begin += n
+            if self.n_frames == end or sum(len(each.pixels) for each in self._held_events) >= HELD_EVENTS:
+                self._fold()
 
     def _miss(self, n_frames: int) -> None:
         """Go on to n_frames without the frames before."""
-        if n_frames > self.n_frames:
-            nothing = np.empty((0, *self._start.shape), self._start.dtype)
-            self._advance(flat(nothing), n_frames - self.n_frames)
-
-    def _first_saturated(self, frames: NDArray[np.unsignedinteger]) -> int:
-        limit = self._start.saturation_value
-        if limit is None or limit >= np.iinfo(frames.dtype).max:
-            return len(frames)
-        tiles, live = self._tiles.first, self._live
-        firsts = self._threads.run(
-            lambda _, begin, end: int(kernel.first_above(frames, limit, tiles, live, begin, end)), len(tiles)
-        )
-        return min((first for first in firsts if first is not None), default=len(frames))
-
-    def _advance(self, frames: NDArray[np.unsignedinteger], count: int) -> None:
-        """Fold in a block of frames, or with none a gap of `count`."""
-        self._grow((self.n_frames + count).bit_length())
-        shift = np.arange(len(self._history))
-        n_old = np.int64(self.n_frames) >> shift
-        n_new = (np.int64(self.n_frames + count) >> shift) - n_old
-        sums = np.zeros((self._parts, len(frames), len(self._alive)), np.int64)
-
-        def correlate(part: int, begin: int, end: int) -> None:
-            part %= self._parts
-            kernel.correlate(
-                frames, n_new, n_old, self._d, self._tiles.first, self._live, self._bins,
-                self._history, self._G2[part], sums[part], begin, end,
-            )  # fmt: skip
-
-        self._threads.run(correlate, len(self._tiles.first))
-        counts = sums.sum(axis=0) if self._parts > 1 else sums[0]
-        if counts.max(initial=0) >> (wide.BITS - self._levels + 1):
-            raise ConfigError(
-                f"multitau: {counts.max()} counts in one bin and frame are too many for {self._levels} levels"
-            )
-        weights = kernel.weigh(len(frames), n_new, n_old, self._d, self._weights, self._pairs)
-
-        def normalise(_: int, begin: int, end: int) -> None:
-            kernel.normalise(
-                counts, weights, n_new, n_old, self._d, self._bin_history, self._IP, self._IF, begin, end
-            )  # fmt: skip
-
-        self._threads.run(normalise, len(self._alive))
-        self.n_frames += count
-
-    def _grow(self, n_level: int) -> None:
-        """Take memory for the levels on which a coarse frame is about to be complete."""
-        n_level = min(n_level, self._levels)
-        if n_level <= len(self._history):
+        missing = n_frames - self.n_frames
+        if missing == 0:
             return
-        n_delay = (n_level + 1) * self._d
+        if self._held_events or self._n_held + missing > BLOCK:
+            self._fold()
+        self._unbroken = self.n_frames = n_frames
+        if missing > BLOCK:
+            self._correlate(n_frames - missing, missing, np.zeros(2 * self._d, np.int64))
+        else:
+            self._addresses[self._n_held : self._n_held + missing] = 0
+            self._n_held += missing
 
-        def grown(array: NDArray[np.int64], axis: int, size: int) -> NDArray[np.int64]:
-            missing = list(array.shape)
-            missing[axis] = size - array.shape[axis]
-            return np.concatenate([array, np.zeros(missing, array.dtype)], axis)
+    def _fold(self) -> None:
+        """Fold in what is held."""
+        if self._n_held:
+            n, frames, events = self._n_held, self._held, self._held_events
+            self._n_held, self._held, self._held_events = 0, [], []
+            addresses = np.ones(n, np.int64) if events else self._addresses[:n]
+            self._correlate(self.n_frames - n, n, addresses, events)
+            # Until here the kernels read from them.
+            del frames
 
-        self._history = grown(self._history, 0, n_level)
-        self._bin_history = grown(self._bin_history, 0, n_level)
-        self._weights = grown(self._weights, 0, n_level)
-        self._G2 = grown(self._G2, 2, n_delay)
-        self._IP, self._IF, self._N = (grown(sums, 1, n_delay) for sums in (self._IP, self._IF, self._N))
-        self._pairs, self._pairs_settled = (grown(pairs, 0, n_delay) for pairs in (self._pairs, self._pairs_settled))
+    def _correlate(self, first: int, span: int, addresses: NDArray[np.int64], events: Sequence[Events] = ()) -> None:
+        """Fold in `span` frames from `first` on."""
+        came = addresses != 0
+        before = self._last_weights.copy(), self._pairs.copy()
+        weights, pairs, full = kernel.weigh(came, first, span, self._last_weights, self._pairs)
+        itemsize = np.dtype(self._start.dtype).itemsize
+        largest = 2 ** (8 * itemsize) - 1
+        limit = self._start.saturation_value
+        block = Block(
+            first=first,
+            span=span,
+            addresses=addresses,
+            **_joined(events),
+            itemsize=itemsize,
+            limit=largest if limit is None else min(limit, largest),
+            weights=weights,
+            pairs=pairs,
+            full=full,
+            delays_per_level=self._d,
+        )
 
-    def _retire(self, frame: NDArray[np.unsignedinteger]) -> None:
-        """Let go of the pixels that are saturated in the next frame (n_pixel,), with their part in unfinished pairs."""
-        self._settle()
-        padded = np.zeros(self._tiles.first.max() + kernel.TILE, frame.dtype)
-        padded[: min(frame.size, padded.size)] = frame[: padded.size]
-        values = padded[self._tiles.first[:, None] + np.arange(kernel.TILE)]
-        leaving = (values > self._start.saturation_value) & (self._live > 0)
-        self._live[leaving] = 0
-        columns, bins = np.flatnonzero(leaving), self._bins[leaving]
-        np.subtract.at(self._alive, bins, 1)
-        for column, b in zip(columns, bins, strict=True):
-            self._bin_history[:, :, b] -= self._history[:, :, column]
-        self._history[:, :, columns] = 0
+        def run(thread: int, begin: int, end: int) -> tuple[int, int, float]:
+            sums = self._sums[thread % len(self._sums)]
+            return kernel.correlate(block, self._region, self._history, sums, begin, end)  # type: ignore[no-any-return]
 
-    def _settle(self) -> None:
-        """Bring N up to date with the pairs formed since the number of live pixels changed last."""
-        self._N = self._pixel_pairs()
-        self._pairs_settled = self._pairs.copy()
+        done = self._threads.run(run, len(self._region.first))
+        top = max((bits for bits, _, _ in done), default=0)
+        if top << self._levels - 1 >> COUNT_BITS:
+            raise ConfigError(
+                f"multitau: {2 ** (COUNT_BITS + 1 - self._levels)} or more in a pixel, so many counts in one bin and "
+                f"frame are too many for {self._levels} levels"
+            )
+        if any(n_left for _, n_left, _ in done):
+            self._bury(first, came, *before)
+        self._bound += sum(bound for _, _, bound in done) * LANES
+        if self._bound >= 2.0**wide.BITS:
+            for sums in self._sums:
+                kernel.settle(*sums)
+            self._bound = 0
 
-    def _pixel_pairs(self) -> wide.Wide:
-        fresh = np.zeros_like(self._N)
-        kernel.outer(self._pairs - self._pairs_settled, self._alive, fresh)
-        return wide.total(np.stack([self._N, fresh], axis=1), 1)
+    def _bury(self, first: int, came: NDArray[np.bool_], weights: NDArray[np.int64], pairs: NDArray[np.int64]) -> None:
+        """Count the pairs that were complete when pixels left in a block, from the weights and pairs before it."""
+        columns = np.flatnonzero(self._region.left)
+        frame = self._region.left[columns].astype(np.int64) - 1
+        self._region.left[columns] = 0
+        begin = 0
+        for t in np.unique(frame):
+            kernel.weigh(came[begin:t], first + begin, t - begin, weights, pairs)
+            gone = np.bincount(self._bins[columns[frame == t]], minlength=len(self._alive))
+            self._alive -= gone
+            kernel.outer(_by_delay(pairs, self._d), gone, self._N_left)
+            begin = t
+
+    def _n_pairs(self) -> wide.Wide:
+        """Return the pairs of every delay, times the pixels that had them."""
+        here = np.zeros_like(self._N_left)
+        kernel.outer(_by_delay(self._pairs, self._d), self._alive, here)
+        return wide.total(np.stack([self._N_left, here], axis=1), 1)
 
     def result(self) -> Arrays:
         """Return the correlation so far.
@@ -246,10 +280,11 @@ class MultiTau:
         G2, IP, IF : (n_delay, n_static) float64
             Means over pixels and pairs, counts**2 and counts, per frame.
         """
+        self._fold()
         level, delay = _delays(self.n_frames, self._d, self._levels)
         n_delay = len(delay)
         roimap = self._roimap
-        sums = [each[:, :n_delay] for each in self._sums()]
+        sums = [each[:, :n_delay] for each in self._totals()]
         pooled = sums
         if self._error == "pixel":
             pooled = [_pool(each, self._static_of_bin, roimap.n_static) for each in sums]
@@ -258,7 +293,7 @@ class MultiTau:
         g2, g2_err = _mean_and_error(g2_static, roimap.dynamic_of_static, roimap.n_dynamic)
         if self._error == "pixel":
             # In the order of pixels on the detector, so that merged regions round like the whole.
-            order = np.argsort(self._pixel_of_bin)[np.count_nonzero(self._pixel_of_bin < 0) :]
+            order = np.argsort(self._pixel_of_bin)
             G2_pixel, IP_pixel, IF_pixel, N_pixel = (wide.to_float(each[:, :, order]) for each in sums)
             g2_pixel = _ratio(G2_pixel * N_pixel, IP_pixel * IF_pixel)
             group = roimap.dynamic_of_static[self._static_of_bin[order]]
@@ -268,7 +303,7 @@ class MultiTau:
             "tau": delay * self._start.frame_time,
             "g2": g2,
             "g2_err": g2_err,
-            "n_pairs": np.ldexp(self._pairs[:n_delay].astype(np.float64), -2 * level),
+            "n_pairs": np.ldexp(_by_delay(self._pairs, self._d)[:n_delay].astype(np.float64), -2 * level),
             "G2": _ratio(G2, N),
             "IP": _ratio(IP, N),
             "IF": _ratio(IF, N),
@@ -280,55 +315,94 @@ class MultiTau:
         if mine_is != theirs_is:
             raise ValueError(f"multitau: regions correlated as {theirs_is} and as {mine_is} cannot be merged")
         n_frames = max(self.n_frames, other.n_frames)
+        if any(each._merged and each.n_frames < n_frames for each in (self, other)):
+            raise ValueError(f"multitau: what is merged ends before {n_frames}: merge the longest region first")
         for each in (self, other):
             each._miss(n_frames)
-        mine, theirs = self._sums(), other._sums()
+            each._fold()
+        mine, theirs = self._totals(), other._totals()
         if self._error == "pixel":
             self._static_of_bin = np.concatenate([self._static_of_bin, other._static_of_bin])
             self._pixel_of_bin = np.concatenate([self._pixel_of_bin, other._pixel_of_bin])
             both = [np.concatenate(pair, axis=2) for pair in zip(mine, theirs, strict=True)]
         else:
             both = [wide.total(np.stack(pair, axis=1), 1) for pair in zip(mine, theirs, strict=True)]
-        self._G2, (self._IP, self._IF, self._N) = both[0][None], both[1:]
+        self._take(both)
         # Regions may have lost different frames: what is said of the pairs is true of the poorer one.
         self._pairs = np.minimum(self._pairs, other._pairs)
-        self._pairs_settled = self._pairs.copy()
         self._alive = np.zeros(len(self._static_of_bin), np.int64)
         self._merged = True
 
-    def _sums(self) -> list[wide.Wide]:
-        return [wide.total(self._G2.swapaxes(0, 1), 1), self._IP, self._IF, self._pixel_pairs()]
+    def _totals(self) -> list[wide.Wide]:
+        """Return G2, IP, IF and N, (2, n_delay, n_bin) each, of all threads."""
+        slot = _slots(self._d, self._levels)
+        totals = []
+        for name in range(3):
+            at = slot + name * CHUNK
+            parts = []
+            for sums in self._sums:
+                narrow = sums.narrow.reshape(-1, sums.wide.shape[2])[:, at]
+                parts += [sums.wide[:, :, at], np.stack([narrow >> wide.BITS, narrow & wide.MASK])]
+            totals.append(wide.total(np.stack(parts, axis=1), 1).swapaxes(1, 2))
+        return [*totals, self._n_pairs()]
+
+    def _take(self, totals: list[wide.Wide]) -> None:
+        """Put such totals in the place of what there is."""
+        *sums, self._N_left = totals
+        n_slot = (self._levels + 1) * slots(self._d)
+        n_bin = self._N_left.shape[2]
+        whole = np.zeros((2, n_bin, n_slot), np.int64)
+        for name, total in enumerate(sums):
+            whole[:, :, _slots(self._d, self._levels) + name * CHUNK] = total.swapaxes(1, 2)
+        rest = [np.zeros_like(whole) for _ in self._sums[1:]]
+        self._sums = [Sums(_aligned(n_bin * n_slot), each) for each in (whole, *rest)]
+        self._bound = 0.0
 
     def snapshot(self) -> Arrays:
         """Return the state; see `stream.protocols.Operator`."""
+        self._fold()
+        n_level = min(self._levels, self.n_frames.bit_length())
+        n_delay = (n_level + 1) * self._d if n_level else 0
+        totals = zip(("G2", "IP", "IF", "N"), self._totals(), strict=True)
         return {
             **self._identity(),
             "n_frames": np.array(self.n_frames),
-            "live": self._live.copy(),
-            "history": self._history.copy(),
-            "bin_history": self._bin_history.copy(),
-            "weights": self._weights.copy(),
-            "pairs": self._pairs.copy(),
-            **{name: sums.copy() for name, sums in zip(("G2", "IP", "IF", "N"), self._sums(), strict=True)},
+            "live": self._region.live.copy(),
+            **saved_planes(self._history, self._d, n_level),
+            "weights": self._last_weights[:n_level].copy(),
+            "pairs": self._pairs[:n_level].copy(),
+            **{name: total[:, :n_delay].copy() for name, total in totals},
         }
 
     def restore(self, state: Arrays) -> None:
         """Take over a state; see `stream.protocols.Operator`."""
         check_identity(self.name, state, self._identity())
-        self.n_frames = int(state["n_frames"])
-        self._live = state["live"].copy()
-        self._alive = np.bincount(self._bins[self._live > 0], minlength=len(self._static_of_bin))
-        self._history = state["history"].copy()
-        self._bin_history = state["bin_history"].copy()
-        self._weights = state["weights"].copy()
-        self._pairs = state["pairs"].copy()
-        self._pairs_settled = self._pairs.copy()
-        self._G2 = np.zeros((self._parts, *state["G2"].shape), np.int64)
-        self._G2[0] = state["G2"]
-        self._IP, self._IF, self._N = (state[name].copy() for name in ("IP", "IF", "N"))
+        self.n_frames = self._unbroken = int(state["n_frames"])
+        self._merged = False
+        self._held, self._held_events = [], []
+        self._n_held = 0
+        self._region.live[:] = state["live"]
+        inside = self._bins[self._region.live > 0]
+        self._alive = np.bincount(inside, minlength=len(self._static_of_bin))
+        restore_planes(self._history, self._d, state)
+        n_level = len(state["weights"])
+        self._last_weights[:] = 0
+        self._last_weights[:n_level] = state["weights"]
+        self._pairs[:] = 0
+        self._pairs[:n_level] = state["pairs"]
+        totals = []
+        for name in ("G2", "IP", "IF", "N"):
+            whole = np.zeros(self._N_left.shape, np.int64)
+            whole[:, : state[name].shape[1]] = state[name]
+            totals.append(whole)
+        # The pairs that live pixels have are counted anew from their number.
+        here = np.zeros_like(totals[3])
+        kernel.outer(_by_delay(self._pairs, self._d), self._alive, here)
+        totals[3] = wide.difference(totals[3], here)
+        self._take(totals)
 
     def _identity(self) -> Arrays:
-        return identity(self._start, self._roimap, self._d, self._levels, self._error == "pixel")
+        return identity(self._start, self._roimap, self._d, self._levels, self._error == "pixel", LAYOUT)
 
 
 def _delays(n_frames: int, d: int, levels: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -340,9 +414,57 @@ def _delays(n_frames: int, d: int, levels: int) -> tuple[NDArray[np.int64], NDAr
     return level[known], (k << level)[known]
 
 
-def _pool(sums: wide.Wide, static_of_bin: NDArray[np.int64], n_static: int) -> wide.Wide:
+def _aligned(n: int) -> NDArray[np.int64]:
+    """Return n zeros that begin where a cache line does: numpy does not, and every vector would lie across two."""
+    raw = np.zeros(n + CACHE_LINE // 8, np.int64)
+    begin = -(raw.ctypes.data // 8) % (CACHE_LINE // 8)
+    return raw[begin : begin + n]
+
+
+def _slots(d: int, levels: int) -> NDArray[np.int64]:
+    """Return the slot of G2 of every delay, see `layout.Sums`; those of IP and IF are CHUNK and 2 CHUNK further."""
+    group, j = np.divmod(np.arange((levels + 1) * d), d)
+    slot: NDArray[np.int64] = group * slots(d) + j // CHUNK * LANES + j % CHUNK
+    return slot
+
+
+def _by_delay(values: NDArray[np.int64], d: int) -> NDArray[np.int64]:
+    """Return values (n_level, 2 d) of all levels and delays in the order of delays, without those that do not count."""
+    return np.concatenate([values[0, :d], values[:, d:].ravel()])
+
+
+def _rows(frames: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
+    """Return frames (n, rows, cols) as contiguous (n, n_pixel), with dark pixels to fill a tile if there are fewer."""
+    rows = np.ascontiguousarray(frames).reshape(len(frames), -1)
+    return rows if rows.shape[1] >= TILE else np.pad(rows, ((0, 0), (0, TILE - rows.shape[1])))
+
+
+def _bytes(held: Sequence[NDArray[Any]]) -> int:
+    """Return the size of the memory that arrays hold on to, which may be parts of larger ones."""
+    whole = [each.base if isinstance(each.base, np.ndarray) else each for each in held]
+    return sum({id(each): each.nbytes for each in whole}.values())
+
+
+def _joined(events: Sequence[Events]) -> dict[str, Any]:
+    """Return offsets, pixels and counts of all events, as in `layout.Block`."""
+    offsets, pixels, counts = np.zeros(0, np.int64), np.zeros(0, np.uint32), np.zeros(0, np.uint32)
+    if len(events) == 1:
+        offsets, pixels, counts = events[0].offsets, events[0].pixels, events[0].counts.astype(np.uint32)
+    elif events:
+        before = np.cumsum([0, *(len(each.pixels) for each in events)])
+        begins = [each.offsets[:-1] + begin for each, begin in zip(events, before, strict=False)]
+        offsets = np.concatenate([*begins, before[-1:]])
+        pixels = np.concatenate([each.pixels for each in events])
+        counts = np.concatenate([each.counts for each in events], dtype=np.uint32)
+    for array in (offsets, pixels, counts):
+        # Kernels would be compiled once more for arrays that can be written to.
+        array.flags.writeable = False
+    return {"offsets": offsets, "pixels": pixels, "counts": counts}
+
+
+def _pool(sums: wide.Wide, static_of_bin: NDArray[np.integer[Any]], n_static: int) -> wide.Wide:
     pooled = np.zeros((2, sums.shape[1], n_static), np.int64)
-    kernel.pool(sums, static_of_bin, pooled)
+    kernel.pool(np.ascontiguousarray(sums), static_of_bin, pooled)
     return pooled
 
 

@@ -1,11 +1,11 @@
 """Mean scattering: in two dimensions, per static bin, and per static bin in segments of time (radiation damage)."""
 
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stream.messages import Arrays, FrameBatch, RunStart
+from stream.messages import Arrays, Events, FrameBatch, RunStart
 from stream.operators.kernels import totals
 from stream.operators.roimap import RoiMap
 from stream.operators.segments import Segments
@@ -37,8 +37,9 @@ class Scattering:
         self._threads = Threads(threads)
         self._bins = static_bins(start, roimap).ravel()
         n_pixel = self._bins.size
-        self._limit = np.iinfo(np.int64).max if start.saturation_value is None else start.saturation_value
+        self._limit = totals.limit(start.dtype, start.saturation_value)
         self._alive = np.ones(n_pixel, np.uint8)
+        self._n_alive = self._alive_per_bin()
         self._totals = np.zeros(n_pixel, np.int64)
         self._received = 0
         self._counts = Segments(MAX_SEGMENTS, roimap.n_static)
@@ -47,23 +48,32 @@ class Scattering:
 
     def push(self, batch: FrameBatch) -> None:
         """Fold in frames; see `stream.protocols.Operator`."""
-        frames = flat(batch.frames)
+        frames = batch.frames if isinstance(batch.frames, Events) else flat(batch.frames)
         spans = zip(
             self._counts.over(batch.first, len(frames)), self._pixel_frames.over(batch.first, len(frames)), strict=True
         )
         for (segment, part), _ in spans:
-            sums, n = np.zeros_like(self._totals), np.zeros_like(self._totals)
-            rows = frames[part]
-
-            def add(_: int, begin: int, end: int, rows=rows, sums=sums, n=n) -> None:  # type: ignore[no-untyped-def]
-                totals.over_frames(rows, self._limit, self._alive, sums, n, begin, end)
-
-            self._threads.run(add, len(sums))
-            self._totals += sums
-            totals.per_bin(sums, self._bins, self._counts.sums[segment])
-            totals.per_bin(n, self._bins, self._pixel_frames.sums[segment])
+            counts, absent, left = self._add(frames[part])[:, 1:]
+            self._counts.sums[segment] += counts
+            self._pixel_frames.sums[segment] += self._n_alive * (part.stop - part.start) - absent
+            self._n_alive -= left
         self._received += len(frames)
         self.n_frames = batch.first + len(frames)
+
+    def _add(self, frames: Events | NDArray[np.unsignedinteger[Any]]) -> NDArray[np.int64]:
+        """Add up frames, and return their tally; see `stream.operators.kernels.totals`."""
+        tallies = np.zeros((self._threads.n, 3, self._roimap.n_static + 1), np.int64)
+
+        def add(part: int, begin: int, end: int) -> None:
+            state = (self._limit, self._bins, self._alive, self._totals, tallies[part])
+            if isinstance(frames, Events):
+                totals.over_frames_of_events(frames.offsets, frames.pixels, frames.counts, *state, begin, end)
+            else:
+                totals.over_frames(frames, *state, totals.tile_of_sums(frames.dtype), begin, end)
+
+        self._threads.run(add, self._bins.size)
+        tally: NDArray[np.int64] = tallies.sum(axis=0)
+        return tally
 
     def result(self) -> Arrays:
         """Return the means so far.
@@ -97,6 +107,9 @@ class Scattering:
             "segment_start": np.arange(n_segment) * self._counts.length,
         }
 
+    def _alive_per_bin(self) -> NDArray[np.int64]:
+        return np.bincount(self._bins[self._alive > 0], minlength=self._roimap.n_static + 1)[1:]
+
     def _image(self) -> NDArray[np.float64]:
         n = np.where(self._alive > 0, self._received, 0)
         return _mean(self._totals, n).reshape(self._start.shape)
@@ -126,6 +139,7 @@ class Scattering:
         check_identity(self.name, state, identity(self._start, self._roimap))
         self.n_frames, self._received, length = (int(n) for n in state["n_frames"])
         self._alive = state["alive"].copy()
+        self._n_alive = self._alive_per_bin()
         self._totals = state["totals"].copy()
         self._counts.length = self._pixel_frames.length = length
         self._counts.sums = state["counts"].copy()

@@ -4,42 +4,76 @@ The kernels release the GIL, so plain threads do: no threading layer of numba's 
 from two pipelines at once.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stream.operators.kernels.multitau import TILE
+from stream.operators.kernels.layout import LANES, TILE, Region
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiles:
-    """Runs of `TILE` neighbouring pixels that hold at least one pixel of the map."""
+    """Runs of `TILE` neighbouring pixels that hold at least one pixel of the map.
+
+    The last one begins before the multiple of `TILE` if the pixels end before it does, and leaves out those that the
+    one before holds.
+    """
 
     first: NDArray[np.int64]
     """(n_tile,) first pixel of each."""
-    live: NDArray[np.uint8]
-    """(n_tile, TILE) 1 where a pixel is in the map. A pixel that leaves the map later is set to 0."""
-    bins: NDArray[np.int64]
-    """(n_tile, TILE) bin of each pixel, from 0; for pixels outside that of the pixel before, which keeps runs long."""
+    bins: NDArray[np.int32]
+    """(n_tile, TILE) bin of each pixel, from 0; -1 where it is not in the map."""
+
+    tile: NDArray[np.int32]
+    """(n,) the tile of each `TILE` pixels of a frame; -1 if none of them is in the map."""
 
     @classmethod
     def of(cls, static_roi_map: NDArray[np.int32]) -> Self:
         """Cut a map (rows, cols), 0 outside and bins from 1, into tiles."""
-        flat = np.zeros(-(-static_roi_map.size // TILE) * TILE, np.int64)
+        flat = np.zeros(-(-static_roi_map.size // TILE) * TILE, np.int32)
         flat[: static_roi_map.size] = static_roi_map.ravel()
         rows = flat.reshape(-1, TILE)
         used = np.flatnonzero(rows.any(axis=1))
-        bins = rows[used]
-        inside = bins > 0
-        last_inside = np.maximum.accumulate(np.where(inside, np.arange(TILE), 0), axis=1)
-        filled = np.take_along_axis(bins, last_inside, axis=1)
-        return cls(first=used * TILE, live=inside.astype(np.uint8), bins=np.maximum(filled - 1, 0))
+        first, bins = used * TILE, rows[used] - 1
+        beyond = first[-1] + TILE - max(static_roi_map.size, TILE) if len(used) else 0
+        if beyond > 0:
+            first[-1] -= beyond
+            bins[-1] = np.concatenate([np.full(beyond, -1, np.int32), bins[-1][:-beyond]])
+        tile = np.full(len(rows), -1, np.int32)
+        tile[used] = np.arange(len(used))
+        return cls(first=first, bins=bins, tile=tile)
+
+    def region(self, bins: NDArray[np.int32]) -> Region:
+        """Return what the kernels need, with bins (n_tile, TILE) like those of the map."""
+        flat = bins.ravel()
+        starts = np.ones(len(flat), np.bool_)
+        starts[1:] = flat[1:] != flat[:-1]
+        starts[::LANES] = True
+        begin = np.flatnonzero(starts)
+        end = np.append(begin[1:], len(flat))
+        inside = flat[begin] >= 0
+        begin, end = begin[inside], end[inside]
+        return Region(
+            first=self.first,
+            tile=self.tile,
+            live=(flat >= 0).astype(np.uint8),
+            left=np.zeros(len(flat), np.uint16),
+            runs=np.searchsorted(begin, np.arange(0, len(flat) + 1, LANES)),
+            begin=(begin % LANES).astype(np.uint8),
+            end=((end - 1) % LANES + 1).astype(np.uint8),
+            bin=flat[begin].astype(np.int32),
+        )
+
+    def pixels(self) -> NDArray[np.int64]:
+        """Return the flat index of the pixel of each column (n_tile * TILE,)."""
+        return (self.first[:, None] + np.arange(TILE)).ravel()
 
 
 def flat(frames: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
@@ -49,8 +83,14 @@ def flat(frames: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
     return rows
 
 
+SLICES = 8
+"""Slices per thread."""
+
+T = TypeVar("T")
+
+
 class Threads:
-    """Runs a kernel over slices of a range, one slice per thread."""
+    """Runs a kernel over slices of a range."""
 
     def __init__(self, n: int | None) -> None:
         self.n = n if n is not None else len(os.sched_getaffinity(0))
@@ -58,10 +98,19 @@ class Threads:
             raise ValueError(f"threads: {self.n} is not a number of threads")
         self._pool = ThreadPoolExecutor(self.n, "kernel") if self.n > 1 else None
 
-    def run(self, slice_kernel: Callable[[int, int, int], int | None], total: int) -> list[int | None]:
-        """Call ``slice_kernel(part, begin, end)`` for `n` slices that cover range(total); return what they return."""
-        edges = [total * part // self.n for part in range(self.n + 1)]
-        slices = [(part, edges[part], edges[part + 1]) for part in range(self.n) if edges[part] < edges[part + 1]]
-        if self._pool is None or len(slices) == 1:
-            return [slice_kernel(*s) for s in slices]
-        return [future.result() for future in [self._pool.submit(slice_kernel, *s) for s in slices]]
+    def run(self, slice_kernel: Callable[[int, int, int], T], total: int) -> list[T]:
+        """Call ``slice_kernel(thread, begin, end)`` for slices that cover range(total); return what they return.
+
+        There are more slices than threads, which take one after the other: a thread that another process has held up
+        does not hold up all.
+        """
+        n = min(total, self.n * SLICES)
+        edges = [total * i // n for i in range(n + 1)] if n else []
+        slices = iter(list(itertools.pairwise(edges)))
+
+        def work(thread: int) -> list[T]:
+            return [slice_kernel(thread, begin, end) for begin, end in slices]
+
+        if self._pool is None:
+            return work(0)
+        return [result for done in list(self._pool.map(work, range(self.n))) for result in done]

@@ -2,363 +2,371 @@
 
 Level l works on coarse frames: sums of 2**l neighbours, aligned at frame 0. With d delays per level, level 0 has the
 delays 1..2d, level l >= 1 has d+1..2d in units of its coarse frames (boost_corr and xpcs-eigen; K. Schatzel, Quantum
-Opt. 2, 287 (1990)). Every level keeps its last 2d coarse frames, oldest first; a half complete one needs no memory of
-its own, since its first half is the newest one of the level below.
+Opt. 2, 287 (1990)). A block of frames goes through all levels, strip by strip (see `layout`):
 
-Pixels are worked on in tiles of `TILE` neighbours in memory order, so that a block of frames goes through all levels
-while the tile is in cache. Columns are the pixels of those tiles that hold at least one pixel of the map.
+    frames      rows of level 0     rows of level 1     rows of level 2
+    ....#....   [ 2d old | new ] -> [ 2d old | new ] -> [ 2d old | new ] -> ...
+    ....#....          |                   |                   |
+    ....#....       products            products            products      per pixel, then added up per bin
+    ....#....          |                   |                   |
+                       +---- 2d rows (d+1 above level 0) go back to the state
+
+Each lane of a row holds the counts of two frames, its own and the next, so that one instruction forms two products of a
+pixel. That is exact while the sums stay below 2**31 (`narrow`); a strip with higher counts goes on in `broad`.
 """
 
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from stream.operators.kernels.wide import add, add_product
-
-TILE = 256
-"""Pixels worked on together: 17 rows of float32 stay in 32 KiB of L1."""
-
-BLOCK = 128
-"""Frames pushed together at most: with them a tile fills about half of an L2 of 512 KiB."""
-
-# A sum of products of integers in floating point is exact as long as it stays under these.
-EXACT_32 = 2.0**24
-EXACT_64 = 2.0**53
+from stream.operators.kernels import broad, narrow, sparse
+from stream.operators.kernels.jit import inlined, kernel, part
+from stream.operators.kernels.lanes import add as add_lanes
+from stream.operators.kernels.lanes import add_shifted, any_bits, load
+from stream.operators.kernels.layout import BLOCK, CHUNK, LANES, MOST, PAD, STRIPS, place, slots
+from stream.operators.kernels.space import work_space
+from stream.operators.kernels.wide import BITS, MASK, add, add_product
 
 
-@njit(nogil=True, cache=True)
-def first_above(frames: Any, limit: int, tiles: Any, live: Any, begin: int, end: int) -> Any:
-    """Return the first frame in which a live pixel of tiles begin..end-1 reads more than `limit`, else their number.
-
-    frames (n, n_pixel); tiles (n_tile,) first pixel of each; live (n_tile, TILE) 1 or 0.
-    """
-    n, n_pixel = frames.shape
-    first = n
-    for tile in range(begin, end):
-        left = tiles[tile]
-        width = min(TILE, n_pixel - left)
-        for t in range(first):
-            row = frames[t, left : left + width]
-            above = 0
-            for p in range(width):
-                above |= (row[p] > limit) & live[tile, p]
-            if above:
-                first = t
-                break
-    return first
-
-
-@njit(nogil=True, cache=True)
-def correlate(
-    frames: Any,
-    n_new: Any,
-    n_old: Any,
-    delays_per_level: int,
-    tiles: Any,
-    live: Any,
-    bins: Any,
-    history: Any,
-    G2: Any,
-    sums: Any,
-    begin: int,
-    end: int,
-) -> None:
-    """Fold a block of frames, or a gap, into the tiles begin..end-1.
+@kernel
+def correlate(block: Any, region: Any, history: Any, sums: Any, begin: int, end: int) -> Any:
+    """Fold a block of frames into the tiles begin..end-1.
 
     Parameters
     ----------
-    frames : (n <= BLOCK, n_pixel) unsigned
-        n = 0 stands for a gap of n_new[0] frames, which count as dark and without weight.
-    n_new, n_old : (n_level,) int64
-        Coarse frames that become complete on each level, and how many there were before.
-    tiles : (n_tile,) int64
-        First pixel of each tile.
-    live : (n_tile, TILE) uint8
-        1 where a pixel counts.
-    bins : (n_tile, TILE) int64
-        Bin of each pixel; any for pixels that do not count.
-    history : (n_level, 2 d, n_tile * TILE) int32 or int64
-        Last coarse frames of every level, oldest first; updated.
-    G2 : (2, n_delay, n_bin) int64
-        Sums of products over pixels and pairs, see `wide`; updated.
-    sums : (n, n_bin) int64
-        Counts per bin and frame; updated.
-    """
-    n, n_pixel = frames.shape
-    n_row = 2 * delays_per_level
-    n_level = history.shape[0]
-    fine = np.empty((n_row + BLOCK, TILE), history.dtype)
-    coarse = np.empty((n_row + BLOCK, TILE), history.dtype)
-    single = np.empty((n_row + BLOCK, TILE), np.float32)
-    double = np.empty((n_row + BLOCK, TILE), np.float64)
-    single_sum = np.empty((n_row, TILE), np.float32)
-    double_sum = np.empty((n_row, TILE), np.float64)
-
-    for tile in range(begin, end):
-        left = tiles[tile]
-        width = min(TILE, n_pixel - left)
-        column = tile * TILE
-        rows = n
-        for t in range(n):
-            source = frames[t, left : left + width]
-            row = fine[n_row + t]
-            for p in range(width):
-                row[p] = source[p] * live[tile, p]
-            row[width:] = 0
-        bin_sums(fine[n_row : n_row + n], bins[tile], sums)
-
-        for level in range(n_level):
-            new = n_new[level]
-            if new == 0:
-                break
-            # After a gap only the first coarse frame can hold counts: more than n_row zeros behind it say nothing new.
-            needed = min(new, n_row + n)
-            for t in range(rows, needed):
-                fine[n_row + t] = 0
-            rows = needed
-            for r in range(n_row):
-                copy(history[level, r, column : column + TILE], fine[r])
-
-            first = 1 if level == 0 else delays_per_level + 1
-            top = largest(fine[: n_row + rows])
-            bound = float(top) * float(top) * rows
-            base = 0 if level == 0 else n_row + (level - 1) * delays_per_level
-            if bound <= EXACT_32:
-                products(fine, single, single_sum, n_row, rows, first)
-                collect(single_sum, bins[tile], first, n_row, base, G2)
-            elif bound <= EXACT_64:
-                products(fine, double, double_sum, n_row, rows, first)
-                collect(double_sum, bins[tile], first, n_row, base, G2)
-            else:
-                wide_products(fine, bins[tile], n_row, rows, first, base, G2)
-
-            for r in range(n_row):
-                # Beyond the rows there are, those of a gap are dark.
-                copy(fine[min(r + new, n_row + rows - 1)], history[level, r, column : column + TILE])
-
-            # Coarse frame j of the next level is 2j + 2j+1 of this one; 2j may be the newest of the history.
-            odd = n_old[level] & 1
-            rows = (rows + odd) // 2
-            for t in range(rows):
-                a = fine[n_row + 2 * t - odd]
-                b = fine[n_row + 2 * t - odd + 1]
-                row = coarse[n_row + t]
-                for p in range(TILE):
-                    row[p] = a[p] + b[p]
-            fine, coarse = coarse, fine
-
-
-@njit(nogil=True, cache=True)
-def copy(source: Any, target: Any) -> None:
-    """Copy TILE elements; numba's assignment of slices takes some ten times as long."""
-    for p in range(TILE):
-        target[p] = source[p]
-
-
-@njit(nogil=True, cache=True)
-def bin_sums(rows: Any, bins: Any, sums: Any) -> None:
-    """Add up rows (n, TILE) per bin into sums (n, n_bin). Runs of one bin are added in a register."""
-    for t in range(rows.shape[0]):
-        row = rows[t]
-        run = bins[0]
-        value = np.int64(0)
-        for p in range(TILE):
-            if bins[p] != run:
-                sums[t, run] += value
-                value = np.int64(0)
-                run = bins[p]
-            value += row[p]
-        sums[t, run] += value
-
-
-@njit(nogil=True, cache=True)
-def largest(rows: Any) -> Any:
-    """Return the largest element of rows (n, TILE)."""
-    top = rows[0, 0]
-    for t in range(rows.shape[0]):
-        row = rows[t]
-        for p in range(TILE):
-            top = max(top, row[p])
-    return top
-
-
-@njit(nogil=True, cache=True, fastmath={"contract"})
-def products(fine: Any, real: Any, product: Any, n_row: int, rows: int, first: int) -> None:
-    """Sum over the new rows t of row(t) * row(t - k) for k = first..n_row into product[k - 1], exactly.
-
-    Four rows by two delays at a time: eight products for nine rows read and two sums kept, a third of the memory
-    traffic of one by one.
-    """
-    for t in range(n_row + rows):
-        source = fine[t]
-        row = real[t]
-        for p in range(TILE):
-            row[p] = source[p]
-    product[first - 1 :] = 0
-    fours = n_row + rows // 4 * 4
-    twos = first + (n_row - first + 1) // 2 * 2
-    for t in range(n_row, fours, 4):
-        a, b, c, d = real[t], real[t + 1], real[t + 2], real[t + 3]
-        for k in range(first, twos, 2):
-            v, w, x, y, z = real[t - k - 1], real[t - k], real[t - k + 1], real[t - k + 2], real[t - k + 3]
-            near, far = product[k - 1], product[k]
-            for p in range(TILE):
-                near[p] += a[p] * w[p] + b[p] * x[p] + c[p] * y[p] + d[p] * z[p]
-                far[p] += a[p] * v[p] + b[p] * w[p] + c[p] * x[p] + d[p] * y[p]
-    for t in range(n_row, n_row + rows):
-        later = real[t]
-        for k in range(twos if t < fours else first, n_row + 1):
-            earlier = real[t - k]
-            into = product[k - 1]
-            for p in range(TILE):
-                into[p] += later[p] * earlier[p]
-
-
-@njit(nogil=True, cache=True)
-def collect(product: Any, bins: Any, first: int, n_row: int, base: int, G2: Any) -> None:
-    """Add product (n_row, TILE) of the delays first..n_row to the bins of G2."""
-    for k in range(first, n_row + 1):
-        row = product[k - 1]
-        run = bins[0]
-        value = np.int64(0)
-        for p in range(TILE):
-            if bins[p] != run:
-                add(G2, base + k - first, run, value)
-                value = np.int64(0)
-                run = bins[p]
-            value += np.int64(row[p])
-        add(G2, base + k - first, run, value)
-
-
-@njit(nogil=True, cache=True)
-def wide_products(fine: Any, bins: Any, n_row: int, rows: int, first: int, base: int, G2: Any) -> None:
-    """Do what `products` and `collect` do, for counts too high for exact floating point."""
-    for t in range(n_row, n_row + rows):
-        for k in range(first, n_row + 1):
-            for p in range(TILE):
-                add_product(G2, base + k - first, bins[p], np.int64(fine[t, p]), np.int64(fine[t - k, p]))
-
-
-@njit(nogil=True, cache=True)
-def weigh(n: int, n_new: Any, n_old: Any, delays_per_level: int, history: Any, pairs: Any) -> Any:
-    """Follow how many frames came in each coarse frame, over n frames that came or, with n = 0, over a gap.
-
-    Parameters
-    ----------
-    n_new, n_old : (n_level,) int64
-        As in `correlate`.
-    history : (n_level, 2 d) int64
-        Weights of the last coarse frames of every level; updated.
-    pairs : (n_delay,) int64
-        Sum of w(i) w(i+k); updated.
+    block, region, history, sums
+        See `layout`; all but the block are updated.
 
     Returns
     -------
-    (n_level, row) int64
-        Weights of the old (2 d) and new coarse frames of every level.
+    top : int64
+        The bits of all counts.
+    n_left : int64
+        Pixels that left, since they read more than the limit.
+    bound : float64
+        No more than this was added to any of `sums.narrow`.
     """
-    n_row = 2 * delays_per_level
-    n_level = history.shape[0]
-    weights = np.zeros((n_level, 2 * n_row + n), np.int64)
-    weights[0, n_row : n_row + n] = 1
-    rows = n
-    for level in range(n_level):
-        new = n_new[level]
+    # Numbers written out in a call would have what is called compiled for each of them.
+    n, zero = len(block.addresses), np.int64(0)
+    space = work_space(block.delays_per_level, history.kind.shape[0])
+    nothing = np.zeros(0, np.uint64)
+    if len(block.offsets) == 0:
+        for tile in range(begin, end):
+            by_row(block, zero, n, region, history, sums, tile, nothing, space)
+    elif begin < end:
+        seen = sparse.photons(block.delays_per_level)
+        found, starts = sparse.sort(block, region, begin, end)
+        for tile in range(begin, end):
+            own = found[starts[tile - begin] : starts[tile - begin + 1]]
+            by_photon(block, region, history, sums, tile, own, seen, space)
+    return space.tally[0], space.tally[1], space.bound[0]
+
+
+@part
+def by_row(
+    block: Any, start: Any, stop: int, region: Any, history: Any, sums: Any, tile: int, found: Any, space: Any
+) -> None:
+    """Take the frames start..stop-1 of a block through all levels of a tile, row by row.
+
+    If they are events, the photons of the tile are `found` (see `sparse.sort`).
+    """
+    d = block.delays_per_level
+    while start < stop:
+        until = min(stop, start + BLOCK)
+        is_above = take(block, start, until, region, tile, found, space)
+        if is_above:
+            if len(block.offsets):
+                until = sparse.first_above(found, start, until, region, tile, block.limit)
+            else:
+                until = narrow.first_above(block, start, until, region, tile)
+            take(block, start, until, region, tile, found, space)
+        for strip in range(STRIPS if start < until else 0):
+            bits = any_bits(load(space.bits, strip * LANES))
+            space.tally[0] |= bits
+            narrow.pack(space.taken, strip * BLOCK * LANES, until - start, space.fine, (PAD + 2 * d) * LANES)
+            levels(
+                block,
+                start,
+                until,
+                np.int64(0),
+                until - start,
+                bits,
+                region,
+                history,
+                sums,
+                tile * STRIPS + strip,
+                space,
+            )
+        if is_above:
+            space.tally[1] += leave(block, until, region, history, tile, space.fine)
+        start = until
+
+
+@part
+def take(block: Any, start: int, stop: int, region: Any, tile: int, found: Any, space: Any) -> Any:
+    """Take frames start..stop-1 of a block into the work space; return whether a pixel is above the limit."""
+    if len(block.offsets):
+        return sparse.scatter(found, start, stop, region, tile, block.limit, space.taken, space.bits)
+    return narrow.take(block, start, stop, region, tile, space.taken, space.bits)
+
+
+@part
+def by_photon(block: Any, region: Any, history: Any, sums: Any, tile: int, found: Any, seen: Any, space: Any) -> None:
+    """Take the photons found in a tile through all levels, one by one through the low levels if there are few."""
+    n = len(block.addresses)
+    top = sparse.choose(block, len(found), history, tile)
+    begin, end = sparse.inner(block, top) if top else (n, n)
+    by_row(block, np.int64(0), begin, region, history, sums, tile, found, space)
+    if top:
+        most = sparse.take(found, begin, end, region, tile, block.limit, seen)
+        if most > sparse.BRIGHTEST or not sparse.usual(block, top, history, tile):
+            end = begin
+        else:
+            for i in range(STRIPS):
+                strip = tile * STRIPS + i
+                bits = sparse.fold(block, end - begin, top, seen, i * LANES, history, strip, space)
+                levels(block, begin, end, top, end - begin >> top, bits, region, history, sums, strip, space)
+            space.tally[0] |= most
+            space.bound[0] += float(most + sparse.OLD) * max(most, sparse.OLD, 1 << top)
+    by_row(block, end, n, region, history, sums, tile, found, space)
+
+
+@part
+def levels(
+    block: Any,
+    start: int,
+    stop: int,
+    lowest: Any,
+    n: int,
+    bits: int,
+    region: Any,
+    history: Any,
+    sums: Any,
+    strip: int,
+    space: Any,
+) -> None:
+    """Take frames start..stop-1 of a block through the levels of a strip from `lowest` on.
+
+    space.fine holds the n new packed rows of that level, above level 0 also the old ones that the level below keeps.
+    """
+    d = block.delays_per_level
+    n_row = 2 * d
+    n_kept, n_derived = (n_row, 0) if lowest == 0 else (d + 1, d - 1)
+    n_level, n_strip = history.kind.shape
+    first = block.first + start
+    frames = stop - start if block.span == len(block.addresses) else block.span
+    most = max(n, n_row)
+    is_narrow = True
+    fine, coarse, spare, counts, chunks = space.fine, space.coarse, space.spare, space.counts, space.chunks
+    oldest, newest = PAD * LANES, (PAD + n_row) * LANES
+    for level in range(lowest, n_level):
+        old = first >> level
+        new = (first + frames >> level) - old
         if new == 0:
             break
-        rows = min(new, n_row + n)
-        w = weights[level]
-        w[:n_row] = history[level]
-        first = 1 if level == 0 else delays_per_level + 1
-        base = 0 if level == 0 else n_row + (level - 1) * delays_per_level
-        for t in range(n_row, n_row + rows):
-            for k in range(first, n_row + 1):
-                pairs[base + k - first] += w[t] * w[t - k]
-        for r in range(n_row):
-            history[level, r] = w[r + new] if r + new < n_row + rows else 0
-        if level + 1 < n_level:
-            odd = n_old[level] & 1
-            for t in range((rows + odd) // 2):
-                i = n_row + 2 * t - odd
-                weights[level + 1, n_row + t] = w[i] + w[i + 1]
-    return weights
+        # In a gap only the first coarse frame can hold counts: more than n_row dark ones behind it say nothing new.
+        wanted = min(new, most)
+        at, kind = place(level, strip, n_strip, d), history.kind[level, strip]
+        size, top = 0, 0
+        if is_narrow:
+            if kind < 2 and bits <= narrow.LOW:
+                narrow.darken(fine, newest + n * LANES, newest + wanted * LANES + LANES)
+                bits |= any_bits(narrow.load_rows(history, at, n_kept, kind, fine, oldest))
+                top = narrow.largest(bits)
+                size = narrow.piece(top, level, block.full[level], wanted)
+            if size == 0:
+                is_narrow = False
+                broad.widen(fine, oldest, n_row - n_derived, n_row + n, counts[0])
+                if level == 0 and bits > narrow.LOW:
+                    broad.take(block, start, n, region, strip, fine, counts[0], n_row)
+        if not is_narrow:
+            broad.darken(counts[0], n_row + n, n_row + wanted)
+        n = wanted
+        lead, odd = old - (block.first >> level), old & 1
+        last = n_row + n - 1
+        row = min(new, last)
+        n_next = (n + odd) // 2
+        if is_narrow:
+            if top:
+                correlate_narrow(block, level, lead, fine, n, size, region, strip, sums, chunks)
+                space.bound[0] += float(top) * float(max(top, 1 << level)) * n
+            history.kind[level, strip] = narrow.save_rows(
+                history, at, n_kept, fine, oldest + row * LANES, oldest + last * LANES
+            )
+            pair = oldest + (2 - odd) * LANES
+            begin = newest - (d - 1) * LANES
+            bits = any_bits(narrow.coarsen(fine, pair, coarse, begin, newest + n_next * LANES))
+            fine, coarse, spare = coarse, spare, coarse
+        else:
+            broad.load_rows(history, at, n_kept, kind, counts[0])
+            correlate_broad(block, level, lead, counts, n, region, strip, sums.wide)
+            history.kind[level, strip] = broad.save_rows(history, at, n_kept, counts[0], row, last)
+            broad.coarsen(counts[0], counts[1], n_row, odd, n_row - d + 1, n_row + n_next)
+            broad.copy(counts[1], counts[0], n_row - d + 1, n_row + n_next)
+        n, n_kept, n_derived = n_next, d + 1, d - 1
+    collect(chunks, region, strip, sums)
 
 
-@njit(nogil=True, cache=True)
-def normalise(
+@inlined
+def correlate_narrow(
+    block: Any,
+    level: int,
+    lead: int,
+    rows: Any,
+    n: int,
+    size: int,
+    region: Any,
+    strip: int,
     sums: Any,
-    weights: Any,
-    n_new: Any,
-    n_old: Any,
-    delays_per_level: int,
-    history: Any,
-    IP: Any,
-    IF: Any,
-    begin: int,
-    end: int,
+    chunks: Any,
 ) -> None:
-    """Fold the counts per bin of a block of frames, or a gap, into the bins begin..end-1.
+    """Form the products of n new packed rows of a level, `size` of them at a time; `lead` is the first one's number."""
+    d = block.delays_per_level
+    slot = (0 if level == 0 else level + 1) * slots(d)
+    full = block.full[level]
+    for k in range(0 if level == 0 else d, 2 * d, d):
+        for delay in range(k, k + d, CHUNK):
+            for begin in range(0, n, size):
+                m = min(size, n - begin)
+                at = (PAD + 2 * d + begin) * LANES
+                if chunks.n[0] == MOST:
+                    collect(chunks, region, strip, sums)
+                into = chunks.n[0] * LANES * LANES
+                if full:
+                    narrow.full_products(rows, at, m, delay, chunks.sums, into)
+                else:
+                    first = PAD + 2 * d + lead + begin
+                    narrow.weighted_products(rows, at, m, delay, block.pairs[level], first, chunks.sums, into)
+                chunks.slot[chunks.n[0]] = slot
+                chunks.level[chunks.n[0]] = level if full else 0
+                chunks.n[0] += 1
+            slot += LANES
 
-    Over the pairs (i, i+k) of coarse frames, with c the counts of a bin and w the number of frames that came:
-    IP = sum of c(i) w(i+k), IF = sum of w(i) c(i+k).
+
+@inlined
+def collect(chunks: Any, region: Any, strip: int, sums: Any) -> None:
+    """Add what the chunks hold to the bins."""
+    n_slot = sums.wide.shape[2]
+    for run in range(region.runs[strip], region.runs[strip + 1]):
+        begin, end = region.begin[run] * LANES, region.end[run] * LANES
+        into = region.bin[run] * n_slot
+        for chunk in range(chunks.n[0]):
+            base = chunk * LANES * LANES
+            total = load(chunks.sums, base + begin)
+            for at in range(base + begin + LANES, base + end, LANES):
+                total = add_lanes(total, load(chunks.sums, at))
+            add_shifted(total, load(chunks.shifts, chunks.level[chunk] * LANES), sums.narrow, into + chunks.slot[chunk])
+    chunks.n[0] = 0
+
+
+@part
+def correlate_broad(block: Any, level: int, lead: int, counts: Any, n: int, region: Any, strip: int, wide: Any) -> None:
+    """Add the products of n new rows of a level, one delay after the other."""
+    d = block.delays_per_level
+    weights = block.weights[level, lead:]
+    for group in range(0 if level == 0 else level + 1, level + 2):
+        for j in range(d):
+            k = (d if group else 0) + j + 1
+            slot = group * slots(d) + j // CHUNK * LANES + j % CHUNK
+            broad.products(counts[0], counts[2], 2 * d, n, k, weights, region, strip, wide, slot)
+
+
+@part
+def leave(block: Any, t: int, region: Any, history: Any, tile: int, row: Any) -> Any:
+    """Let go of the pixels of a tile that are above the limit in frame t of the block; return how many there are.
+
+    Their counts go out of the state: none of them is in a pair that is not complete.
+    """
+    n = 0
+    for strip in range(tile * STRIPS, (tile + 1) * STRIPS):
+        narrow.fetch(block, t, region, strip, row)
+        for lane in range(LANES):
+            if np.int64(row[lane]) & 0xFFFFFFFF > block.limit:
+                n += 1
+                region.live[strip * LANES + lane] = 0
+                region.left[strip * LANES + lane] = t + 1
+                forget(history, block.delays_per_level, strip, lane)
+    return n
+
+
+@part
+def forget(history: Any, delays_per_level: int, strip: int, lane: int) -> None:
+    """Set the counts of a pixel to zero."""
+    n_level, n_strip = history.kind.shape
+    for level in range(n_level):
+        at = place(level, strip, n_strip, delays_per_level) + lane
+        for row in range(2 * delays_per_level if level == 0 else delays_per_level + 1):
+            history.low[at + row * LANES] = 0
+            if history.kind[level, strip] > 0:
+                history.middle[at + row * LANES] = 0
+            if history.kind[level, strip] > 1:
+                history.high[at + row * LANES] = 0
+
+
+@kernel
+def weigh(came: Any, first: int, span: int, last: Any, totals: Any) -> Any:
+    """Follow how many frames came in each coarse frame, over a block of frames.
 
     Parameters
     ----------
-    sums : (n, n_bin) int64
-        Counts per frame; n = 0 stands for a gap.
-    weights : (n_level, row) int64
-        From `weigh`.
-    n_new, n_old : (n_level,) int64
-        As in `correlate`.
-    history : (n_level, 2 d, n_bin) int64
-        Counts of the last coarse frames of every level; updated.
-    IP, IF : (2, n_delay, n_bin) int64
-        See `wide`; updated.
+    came : (n,) uint8
+        1 for each frame that came; of a gap longer than `BLOCK`, its first 2d frames, none of which came.
+    first, span : int
+        The first frame, and how many there are.
+    last : (n_level, 2d) int64
+        Weights of the last coarse frames of every level; updated.
+    totals : (n_level, 2d) int64
+        Sum of w(i) w(i+k) for k = 1..2d; updated.
+
+    Returns
+    -------
+    weights, pairs, full
+        See `layout.Block`.
     """
-    n = sums.shape[0]
-    n_row = 2 * delays_per_level
-    fine = np.zeros((2 * n_row + n, end - begin), np.int64)
-    coarse = np.zeros_like(fine)
-    fine[n_row : n_row + n] = sums[:, begin:end]
-    rows = n
-    for level in range(history.shape[0]):
-        new = n_new[level]
+    n_level, n_row = last.shape
+    n = len(came)
+    most = max(n, n_row)
+    weights = np.zeros((n_level, n_row + most + 1), np.int64)
+    pairs = np.zeros((n_level, PAD + n_row + most), np.int32)
+    full = np.zeros(n_level, np.bool_)
+    weights[0, n_row : n_row + n] = came
+    for level in range(n_level):
+        old = first >> level
+        new = (first + span >> level) - old
         if new == 0:
             break
-        needed = min(new, n_row + n)
-        fine[n_row + rows : n_row + needed] = 0
-        rows = needed
-        fine[:n_row] = history[level, :, begin:end]
+        n = min(new, most)
         w = weights[level]
-
-        first = 1 if level == 0 else delays_per_level + 1
-        base = 0 if level == 0 else n_row + (level - 1) * delays_per_level
-        for t in range(n_row, n_row + rows):
-            for k in range(first, n_row + 1):
-                delay = base + k - first
-                if w[t] > 0:
-                    for b in range(end - begin):
-                        add_product(IP, delay, begin + b, fine[t - k, b], w[t])
-                if w[t - k] > 0:
-                    for b in range(end - begin):
-                        add_product(IF, delay, begin + b, fine[t, b], w[t - k])
-
-        for r in range(n_row):
-            if r + new < n_row + rows:
-                history[level, r, begin:end] = fine[r + new]
-            else:
-                history[level, r, begin:end] = 0
-
-        odd = n_old[level] & 1
-        rows = (rows + odd) // 2
-        for t in range(rows):
-            i = n_row + 2 * t - odd
-            coarse[n_row + t] = fine[i] + fine[i + 1]
-        fine, coarse = coarse, fine
+        w[:n_row] = last[level]
+        full[level] = (w[: n_row + n] == 1 << level).all()
+        pairs[level, PAD:] = (w[:-1] & 0xFFFF) | w[1:] << 16
+        for t in range(n_row, n_row + n):
+            for k in range(1, n_row + 1):
+                totals[level, k - 1] += w[t] * w[t - k]
+        for row in range(n_row):
+            last[level, row] = w[min(row + new, n_row + n - 1)]
+        if level + 1 < n_level:
+            odd = old & 1
+            n = (n + odd) // 2
+            for t in range(n):
+                i = n_row + 2 * t - odd
+                weights[level + 1, n_row + t] = w[i] + w[i + 1]
+    return weights, pairs, full
 
 
-@njit(nogil=True, cache=True)
+@kernel
+def settle(narrow_sums: Any, wide: Any) -> None:
+    """Move what stands in narrow (n_bin * n_slot,) into wide (2, n_bin, n_slot)."""
+    _, n_bin, n_slot = wide.shape
+    for b in range(n_bin):
+        for slot in range(n_slot):
+            value = narrow_sums[b * n_slot + slot]
+            wide[0, b, slot] += value >> BITS
+            add(wide, b, slot, value & MASK)
+            narrow_sums[b * n_slot + slot] = 0
+
+
+@kernel
 def outer(pairs: Any, alive: Any, product: Any) -> None:
     """Add pairs (n_delay,) times alive (n_bin,) to the wide product (2, n_delay, n_bin)."""
     for delay in range(len(pairs)):
@@ -366,7 +374,7 @@ def outer(pairs: Any, alive: Any, product: Any) -> None:
             add_product(product, delay, b, pairs[delay], alive[b])
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def pool(sums: Any, group: Any, pooled: Any) -> None:
     """Add up wide sums (2, n_delay, n_bin) of the bins of a group into pooled (2, n_delay, n_group)."""
     for delay in range(sums.shape[1]):

@@ -51,6 +51,13 @@ def total(wide: Wide, axis: int) -> Wide:
     return result
 
 
+def difference(wide: Wide, less: Wide) -> Wide:
+    """Subtract one from another that is not smaller."""
+    low = wide[1] - less[1]
+    result: Wide = np.stack([wide[0] - less[0] + (low >> BITS), low & MASK])
+    return result
+
+
 def to_float(wide: Wide) -> NDArray[np.float64]:
     """Return the nearest doubles, within one rounding of each limb."""
     result: NDArray[np.float64] = np.ldexp(wide[0].astype(np.float64), BITS) + wide[1]
