@@ -389,3 +389,11 @@ def test_any_run_correlates_as_defined(roimap, dtype, top, n, batch, d, levels, 
     known = {"came": came, "saturation_value": largest - 1}
     result = correlate(frames, roimap, batch=batch, delays_per_level=d, levels=levels, **known)
     assert_mapped_as_defined(result, frames, roimap, d=d, levels=levels, **known)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((3, 6, 50), "|u1"), ((3, 5, 50), "<u2"), ((3, 6, 50), "<u4")])
+def test_frames_that_are_not_those_of_the_run_are_refused(roimap, shape, dtype):
+    operator = MultiTau(make_start(), roimap)
+    with pytest.raises(ValueError, match=r"are not those of the run"):
+        operator.push(FrameBatch(run="run-1", first=0, frames=np.ones(shape, dtype), timestamp_ns=0))
+    assert operator.n_frames == 0

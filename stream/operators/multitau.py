@@ -123,7 +123,8 @@ class MultiTau:
         self._N_left = np.zeros((2, (levels + 1) * self._d, n_bin), np.int64)
 
         # Frames pushed and not yet folded in: those of them that came, where each begins, and how many they are.
-        self._held: list[NDArray[np.unsignedinteger]] = []
+        self._held: dict[int, NDArray[np.unsignedinteger]] = {}
+        self._held_bytes = 0
         self._held_events: list[Events] = []
         self._addresses = np.zeros(BLOCK, np.int64)
         self._n_held = 0
@@ -141,6 +142,9 @@ class MultiTau:
             raise ValueError("multitau: a merged operator takes no frames")
         if batch.first < self.n_frames:
             raise ValueError(f"multitau: frame {batch.first} came after {self.n_frames} were pushed")
+        if batch.frames.shape[1:] != self._start.shape or batch.frames.dtype != self._start.dtype:
+            # The kernels read where the run says that there are frames.
+            raise ValueError(f"multitau: frames {batch.frames.shape} {batch.frames.dtype} are not those of the run")
         self._miss(batch.first)
         if isinstance(batch.frames, Events):
             self._hold_events(batch.frames)
@@ -155,12 +159,19 @@ class MultiTau:
             n = min(len(frames) - begin, BLOCK - self._n_held)
             places = frames.ctypes.data + np.arange(begin, begin + n) * frames.strides[0]
             self._addresses[self._n_held : self._n_held + n] = places
-            self._held.append(frames)
+            self._hold_memory(frames)
             self._n_held += n
             self.n_frames += n
             begin += n
-            if self._n_held == BLOCK or _bytes(self._held) >= HELD_BYTES:
+            if self._n_held == BLOCK or self._held_bytes >= HELD_BYTES:
                 self._fold()
+
+    def _hold_memory(self, frames: NDArray[np.unsignedinteger]) -> None:
+        """Keep the memory of frames, which may be part of a larger piece; `self._held_bytes` is what all hold on to."""
+        whole = frames.base if isinstance(frames.base, np.ndarray) else frames
+        if id(whole) not in self._held:
+            self._held[id(whole)] = whole
+            self._held_bytes += whole.nbytes
 
     def _hold_events(self, frames: Events) -> None:
         if self._n_held and not self._held_events:
@@ -198,12 +209,16 @@ class MultiTau:
     def _fold(self) -> None:
         """Fold in what is held."""
         if self._n_held:
-            n, frames, events = self._n_held, self._held, self._held_events
-            self._n_held, self._held, self._held_events = 0, [], []
+            n, events = self._n_held, self._held_events
             addresses = np.ones(n, np.int64) if events else self._addresses[:n]
-            self._correlate(self.n_frames - n, n, addresses, events)
-            # Until here the kernels read from them.
-            del frames
+            try:
+                self._correlate(self.n_frames - n, n, addresses, events)
+            finally:
+                self._let_go()
+
+    def _let_go(self) -> None:
+        """Hold nothing."""
+        self._n_held, self._held, self._held_bytes, self._held_events = 0, {}, 0, []
 
     def _correlate(self, first: int, span: int, addresses: NDArray[np.int64], events: Sequence[Events] = ()) -> None:
         """Fold in `span` frames from `first` on."""
@@ -379,8 +394,7 @@ class MultiTau:
         check_identity(self.name, state, self._identity())
         self.n_frames = self._unbroken = int(state["n_frames"])
         self._merged = False
-        self._held, self._held_events = [], []
-        self._n_held = 0
+        self._let_go()
         self._region.live[:] = state["live"]
         inside = self._bins[self._region.live > 0]
         self._alive = np.bincount(inside, minlength=len(self._static_of_bin))
@@ -437,12 +451,6 @@ def _rows(frames: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
     """Return frames (n, rows, cols) as contiguous (n, n_pixel), with dark pixels to fill a tile if there are fewer."""
     rows = np.ascontiguousarray(frames).reshape(len(frames), -1)
     return rows if rows.shape[1] >= TILE else np.pad(rows, ((0, 0), (0, TILE - rows.shape[1])))
-
-
-def _bytes(held: Sequence[NDArray[Any]]) -> int:
-    """Return the size of the memory that arrays hold on to, which may be parts of larger ones."""
-    whole = [each.base if isinstance(each.base, np.ndarray) else each for each in held]
-    return sum({id(each): each.nbytes for each in whole}.values())
 
 
 def _joined(events: Sequence[Events]) -> dict[str, Any]:

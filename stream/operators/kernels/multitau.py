@@ -44,7 +44,7 @@ def correlate(block: Any, region: Any, history: Any, sums: Any, begin: int, end:
     n_left : int64
         Pixels that left, since they read more than the limit.
     bound : float64
-        No more than this was added to any of `sums.narrow`.
+        No more than LANES times this was added to any of `sums.narrow`.
     """
     # Numbers written out in a call would have what is called compiled for each of them.
     n, zero = len(block.addresses), np.int64(0)
