@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from stream.messages import FrameBatch
 from stream.operators.kernels import sparse
-from stream.operators.kernels.layout import TILE
+from stream.operators.kernels.layout import ROOM, TILE
 from stream.operators.multitau import MultiTau
 from tests import reference
 from tests.conftest import events_of, make_roimap, make_start
@@ -109,7 +109,7 @@ def test_pixels_on_which_every_photon_falls():
 
 def test_more_photons_of_a_tile_in_a_block_than_there_is_room_for():
     frames = thin_frames(33_000, 0.03, (1, TILE))
-    assert np.count_nonzero(frames[2**14 : 2**15]) > sparse.ROOM
+    assert np.count_nonzero(frames[2**14 : 2**15]) > ROOM
     assert_sparse_is_dense(frames, roimap=make_roimap((1, TILE)))
 
 

@@ -23,7 +23,8 @@ from stream.messages import Arrays, Events, FrameBatch, RunStart
 from stream.operators.history import COUNT_BITS, empty_planes, restore_planes, saved_planes
 from stream.operators.kernels import multitau as kernel
 from stream.operators.kernels import wide
-from stream.operators.kernels.layout import BLOCK, CACHE_LINE, CHUNK, LANES, TILE, Block, History, Sums, slots
+from stream.operators.kernels.layout import BLOCK, CHUNK, LANES, TILE, Block, History, Sums, aligned, slots
+from stream.operators.kernels.space import State, work_space
 from stream.operators.roimap import RoiMap
 from stream.operators.state import check_identity, identity, static_bins
 from stream.operators.tiles import Threads, Tiles
@@ -115,7 +116,10 @@ class MultiTau:
         self._alive = np.bincount(self._bins[self._bins >= 0], minlength=n_bin)
         self._history = History(*empty_planes(len(self._bins) // LANES, self._d, levels))
         n_slot = (levels + 1) * slots(self._d)
-        self._sums = [Sums(_aligned(n_bin * n_slot), np.zeros((2, n_bin, n_slot), np.int64)) for _ in range(parts)]
+        self._sums = [
+            Sums(aligned(n_bin * n_slot, np.int64), np.zeros((2, n_bin, n_slot), np.int64)) for _ in range(parts)
+        ]
+        self._spaces = [work_space(self._d, levels) for _ in range(self._threads.n)]
         self._bound = 0.0
         self._last_weights = np.zeros((levels, 2 * self._d), np.int64)
         self._pairs = np.zeros((levels, 2 * self._d), np.int64)
@@ -126,6 +130,7 @@ class MultiTau:
         self._held: dict[int, NDArray[np.unsignedinteger]] = {}
         self._held_bytes = 0
         self._held_events: list[Events] = []
+        self._held_photons = 0
         self._addresses = np.zeros(BLOCK, np.int64)
         self._n_held = 0
         self._unbroken = 0
@@ -185,11 +190,13 @@ class MultiTau:
             length = max(BLOCK, min(EVENT_BLOCK, *(1 << max(each.bit_length() - 1, 0) for each in (known, room))))
             end = (self.n_frames // length + 1) * length
             n = min(len(frames) - begin, end - self.n_frames)
-            self._held_events.append(frames[begin : begin + n])
+            held = frames[begin : begin + n]
+            self._held_events.append(held)
+            self._held_photons += len(held.pixels)
             self._n_held += n
             self.n_frames += n
             begin += n
-            if self.n_frames == end or sum(len(each.pixels) for each in self._held_events) >= HELD_EVENTS:
+            if self.n_frames == end or self._held_photons >= HELD_EVENTS:
                 self._fold()
 
     def _miss(self, n_frames: int) -> None:
@@ -218,7 +225,8 @@ class MultiTau:
 
     def _let_go(self) -> None:
         """Hold nothing."""
-        self._n_held, self._held, self._held_bytes, self._held_events = 0, {}, 0, []
+        self._n_held, self._held, self._held_bytes = 0, {}, 0
+        self._held_events, self._held_photons = [], 0
 
     def _correlate(self, first: int, span: int, addresses: NDArray[np.int64], events: Sequence[Events] = ()) -> None:
         """Fold in `span` frames from `first` on."""
@@ -232,7 +240,7 @@ class MultiTau:
             first=first,
             span=span,
             addresses=addresses,
-            **_joined(events),
+            **_places(events),
             itemsize=itemsize,
             limit=largest if limit is None else min(limit, largest),
             weights=weights,
@@ -241,9 +249,12 @@ class MultiTau:
             delays_per_level=self._d,
         )
 
+        correlate = kernel.correlate_events if events else kernel.correlate
+
         def run(thread: int, begin: int, end: int) -> tuple[int, int, float]:
             sums = self._sums[thread % len(self._sums)]
-            return kernel.correlate(block, self._region, self._history, sums, begin, end)  # type: ignore[no-any-return]
+            state = State(self._region, self._history, sums, self._spaces[thread])
+            return correlate(block, state, begin, end)  # type: ignore[no-any-return]
 
         done = self._threads.run(run, len(self._region.first))
         top = max((bits for bits, _, _ in done), default=0)
@@ -370,7 +381,7 @@ class MultiTau:
         for name, total in enumerate(sums):
             whole[:, :, _slots(self._d, self._levels) + name * CHUNK] = total.swapaxes(1, 2)
         rest = [np.zeros_like(whole) for _ in self._sums[1:]]
-        self._sums = [Sums(_aligned(n_bin * n_slot), each) for each in (whole, *rest)]
+        self._sums = [Sums(aligned(n_bin * n_slot, np.int64), each) for each in (whole, *rest)]
         self._bound = 0.0
 
     def snapshot(self) -> Arrays:
@@ -428,13 +439,6 @@ def _delays(n_frames: int, d: int, levels: int) -> tuple[NDArray[np.int64], NDAr
     return level[known], (k << level)[known]
 
 
-def _aligned(n: int) -> NDArray[np.int64]:
-    """Return n zeros that begin where a cache line does: numpy does not, and every vector would lie across two."""
-    raw = np.zeros(n + CACHE_LINE // 8, np.int64)
-    begin = -(raw.ctypes.data // 8) % (CACHE_LINE // 8)
-    return raw[begin : begin + n]
-
-
 def _slots(d: int, levels: int) -> NDArray[np.int64]:
     """Return the slot of G2 of every delay, see `layout.Sums`; those of IP and IF are CHUNK and 2 CHUNK further."""
     group, j = np.divmod(np.arange((levels + 1) * d), d)
@@ -453,21 +457,18 @@ def _rows(frames: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
     return rows if rows.shape[1] >= TILE else np.pad(rows, ((0, 0), (0, TILE - rows.shape[1])))
 
 
-def _joined(events: Sequence[Events]) -> dict[str, Any]:
-    """Return offsets, pixels and counts of all events, as in `layout.Block`."""
-    offsets, pixels, counts = np.zeros(0, np.int64), np.zeros(0, np.uint32), np.zeros(0, np.uint32)
-    if len(events) == 1:
-        offsets, pixels, counts = events[0].offsets, events[0].pixels, events[0].counts.astype(np.uint32)
-    elif events:
-        before = np.cumsum([0, *(len(each.pixels) for each in events)])
-        begins = [each.offsets[:-1] + begin for each, begin in zip(events, before, strict=False)]
-        offsets = np.concatenate([*begins, before[-1:]])
-        pixels = np.concatenate([each.pixels for each in events])
-        counts = np.concatenate([each.counts for each in events], dtype=np.uint32)
-    for array in (offsets, pixels, counts):
-        # Kernels would be compiled once more for arrays that can be written to.
-        array.flags.writeable = False
-    return {"offsets": offsets, "pixels": pixels, "counts": counts}
+def _places(events: Sequence[Events]) -> dict[str, NDArray[np.int64]]:
+    """Return where the events of each frame lie, as in `layout.Block`."""
+    of_none = [np.zeros(0, np.int64)]
+    return {
+        "lengths": np.concatenate(of_none + [np.diff(each.offsets) for each in events]),
+        "pixels": np.concatenate(of_none + [_places_in(each.pixels, each.offsets) for each in events]),
+        "counts": np.concatenate(of_none + [_places_in(each.counts, each.offsets) for each in events]),
+    }
+
+
+def _places_in(values: NDArray[Any], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    return values.ctypes.data + values.itemsize * offsets[:-1]
 
 
 def _pool(sums: wide.Wide, static_of_bin: NDArray[np.integer[Any]], n_static: int) -> wide.Wide:

@@ -90,6 +90,14 @@ def coarsen(fine: Any, coarse: Any, n_row: int, odd: int, begin: int, end: int) 
 
 
 @part
+def next_level(counts: Any, n_row: int, d: int, odd: int, n: int) -> None:
+    """Replace the rows in counts[0] by those of the next level, by way of counts[1]; see `narrow.next_level`."""
+    begin, end = n_row - d + 1, n_row + (n + odd) // 2
+    coarsen(counts[0], counts[1], n_row, odd, begin, end)
+    copy(counts[1], counts[0], begin, end)
+
+
+@part
 def products(
     counts: Any, sums: Any, n_row: int, n: int, k: int, weights: Any, region: Any, strip: int, wide: Any, slot: int
 ) -> None:

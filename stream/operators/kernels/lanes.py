@@ -92,6 +92,25 @@ def _load_from(width: int) -> Callable[..., Any]:
 load_u1, load_u2, load_u4 = _load_from(8), _load_from(16), _load_from(32)
 
 
+def _read_from(width: int) -> Callable[..., Any]:
+    @_intrinsic
+    def read_from(_: Any, address: Any, index: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            base, index = (
+                context.cast(builder, a, t, types.intp) for a, t in zip(arguments, signature.args, strict=True)
+            )
+            pointer = builder.inttoptr(base, ir.IntType(width).as_pointer())
+            return builder.zext(builder.load(builder.gep(pointer, [index]), align=1), _I64)
+
+        return types.int64(address, index), codegen
+
+    return read_from
+
+
+# The same for one element.
+read_u1, read_u2, read_u4 = _read_from(8), _read_from(16), _read_from(32)
+
+
 @_intrinsic
 def store(_: Any, value: Any, array: Any, index: Any) -> Any:
     """Store the low bits of each lane in elements index..index+LANES-1 of an array of 8, 16 or 32 bits."""

@@ -43,6 +43,20 @@ MOST = 12
 CACHE_LINE = 64
 """Bytes."""
 
+HIGHEST = 9
+"""The level up to which few photons are looked at one by one."""
+
+ROOM = 1 << 16
+"""Photons at most of a tile that are."""
+
+
+def aligned(n: int, dtype: type[Any]) -> NDArray[Any]:
+    """Return n zeros that begin where a vector may: one that straddles two cache lines takes twice as long."""
+    itemsize = np.dtype(dtype).itemsize
+    raw = np.zeros(n + CACHE_LINE // itemsize, dtype)
+    begin = -raw.ctypes.data % CACHE_LINE // itemsize
+    return raw[begin : begin + n]
+
 
 class Region(NamedTuple):
     """The pixels."""
@@ -85,12 +99,12 @@ class Block(NamedTuple):
     span: int
     addresses: NDArray[np.int64]
     """(n,) where each frame begins; 0 for one that is missing. A gap longer than `BLOCK` has 2d missing ones."""
-    offsets: NDArray[np.int64]
-    """(n + 1,) or (0,) if the frames are not `stream.messages.Events`: event of each frame, and below that of all."""
-    pixels: NDArray[np.uint32]
-    """(n_event,)"""
-    counts: NDArray[np.uint32]
-    """(n_event,)"""
+    lengths: NDArray[np.int64]
+    """(n,) events of each frame; (0,) if the frames are not `stream.messages.Events`."""
+    pixels: NDArray[np.int64]
+    """The same shape: where the pixels of its events begin, 4 bytes each, ascending."""
+    counts: NDArray[np.int64]
+    """The same shape: where their counts begin."""
     itemsize: int
     """Of the frames: 1, 2 or 4 bytes, unsigned."""
     limit: int

@@ -23,19 +23,23 @@ from stream.operators.kernels import broad, narrow, sparse
 from stream.operators.kernels.jit import inlined, kernel, part
 from stream.operators.kernels.lanes import add as add_lanes
 from stream.operators.kernels.lanes import add_shifted, any_bits, load
-from stream.operators.kernels.layout import BLOCK, CHUNK, LANES, MOST, PAD, STRIPS, place, slots
-from stream.operators.kernels.space import work_space
+from stream.operators.kernels.layout import BLOCK, CHUNK, LANES, MOST, PAD, STRIPS, TILE, place, slots
 from stream.operators.kernels.wide import BITS, MASK, add, add_product
+
+NONE = np.int64(0)
+"""A number written out in a call would have what is called compiled once more."""
 
 
 @kernel
-def correlate(block: Any, region: Any, history: Any, sums: Any, begin: int, end: int) -> Any:
-    """Fold a block of frames into the tiles begin..end-1.
+def correlate(block: Any, state: Any, begin: int, end: int) -> Any:
+    """Fold a block of frames, or a gap, into the tiles begin..end-1.
 
     Parameters
     ----------
-    block, region, history, sums
-        See `layout`; all but the block are updated.
+    block
+        See `layout`.
+    state
+        See `space`; updated.
 
     Returns
     -------
@@ -46,36 +50,49 @@ def correlate(block: Any, region: Any, history: Any, sums: Any, begin: int, end:
     bound : float64
         No more than LANES times this was added to any of `sums.narrow`.
     """
-    # Numbers written out in a call would have what is called compiled for each of them.
-    n, zero = len(block.addresses), np.int64(0)
-    space = work_space(block.delays_per_level, history.kind.shape[0])
+    space = state.space
+    space.tally[0] = space.tally[1] = 0
+    space.bound[0] = 0
     nothing = np.zeros(0, np.uint64)
-    if len(block.offsets) == 0:
+    for tile in range(begin, end):
+        by_row(block, NONE, len(block.addresses), state, tile, nothing)
+    return space.tally[0], space.tally[1], space.bound[0]
+
+
+@kernel
+def correlate_events(block: Any, state: Any, begin: int, end: int) -> Any:
+    """Do the same where the frames are events."""
+    space = state.space
+    space.tally[0] = space.tally[1] = 0
+    space.bound[0] = 0
+    n = len(block.addresses)
+    first, last = sparse.edges(block, state.region, begin, end)
+    if sparse.are_many((last - first).sum(), end - begin, n):
+        photons = np.empty(TILE * n, np.uint64)
         for tile in range(begin, end):
-            by_row(block, zero, n, region, history, sums, tile, nothing, space)
-    elif begin < end:
-        seen = sparse.photons(block.delays_per_level)
-        found, starts = sparse.sort(block, region, begin, end)
+            found = photons[: sparse.gather(block, state.region, tile, first, photons)]
+            by_row(block, NONE, n, state, tile, found)
+    else:
+        photons, starts = sparse.sort(block, state.region, begin, end, first, last)
         for tile in range(begin, end):
-            own = found[starts[tile - begin] : starts[tile - begin + 1]]
-            by_photon(block, region, history, sums, tile, own, seen, space)
+            found = photons[starts[tile - begin] : starts[tile - begin + 1]]
+            by_photon(block, state, tile, found)
     return space.tally[0], space.tally[1], space.bound[0]
 
 
 @part
-def by_row(
-    block: Any, start: Any, stop: int, region: Any, history: Any, sums: Any, tile: int, found: Any, space: Any
-) -> None:
+def by_row(block: Any, start: Any, stop: int, state: Any, tile: int, found: Any) -> None:
     """Take the frames start..stop-1 of a block through all levels of a tile, row by row.
 
     If they are events, the photons of the tile are `found` (see `sparse.sort`).
     """
+    region, space = state.region, state.space
     d = block.delays_per_level
     while start < stop:
         until = min(stop, start + BLOCK)
         is_above = take(block, start, until, region, tile, found, space)
         if is_above:
-            if len(block.offsets):
+            if len(block.lengths):
                 until = sparse.first_above(found, start, until, region, tile, block.limit)
             else:
                 until = narrow.first_above(block, start, until, region, tile)
@@ -84,71 +101,49 @@ def by_row(
             bits = any_bits(load(space.bits, strip * LANES))
             space.tally[0] |= bits
             narrow.pack(space.taken, strip * BLOCK * LANES, until - start, space.fine, (PAD + 2 * d) * LANES)
-            levels(
-                block,
-                start,
-                until,
-                np.int64(0),
-                until - start,
-                bits,
-                region,
-                history,
-                sums,
-                tile * STRIPS + strip,
-                space,
-            )
+            levels(block, start, until, NONE, until - start, bits, state, tile * STRIPS + strip)
         if is_above:
-            space.tally[1] += leave(block, until, region, history, tile, space.fine)
+            space.tally[1] += leave(block, until, region, state.history, tile, space.fine)
         start = until
 
 
 @part
 def take(block: Any, start: int, stop: int, region: Any, tile: int, found: Any, space: Any) -> Any:
     """Take frames start..stop-1 of a block into the work space; return whether a pixel is above the limit."""
-    if len(block.offsets):
+    if len(block.lengths):
         return sparse.scatter(found, start, stop, region, tile, block.limit, space.taken, space.bits)
     return narrow.take(block, start, stop, region, tile, space.taken, space.bits)
 
 
 @part
-def by_photon(block: Any, region: Any, history: Any, sums: Any, tile: int, found: Any, seen: Any, space: Any) -> None:
+def by_photon(block: Any, state: Any, tile: int, found: Any) -> None:
     """Take the photons found in a tile through all levels, one by one through the low levels if there are few."""
+    region, history, space = state.region, state.history, state.space
     n = len(block.addresses)
     top = sparse.choose(block, len(found), history, tile)
     begin, end = sparse.inner(block, top) if top else (n, n)
-    by_row(block, np.int64(0), begin, region, history, sums, tile, found, space)
+    by_row(block, NONE, begin, state, tile, found)
     if top:
-        most = sparse.take(found, begin, end, region, tile, block.limit, seen)
+        most = sparse.take(found, begin, end, region, tile, block.limit, space.photons)
         if most > sparse.BRIGHTEST or not sparse.usual(block, top, history, tile):
             end = begin
         else:
             for i in range(STRIPS):
                 strip = tile * STRIPS + i
-                bits = sparse.fold(block, end - begin, top, seen, i * LANES, history, strip, space)
-                levels(block, begin, end, top, end - begin >> top, bits, region, history, sums, strip, space)
+                bits = sparse.fold(block, end - begin, top, i * LANES, history, strip, space)
+                levels(block, begin, end, top, end - begin >> top, bits, state, strip)
             space.tally[0] |= most
             space.bound[0] += float(most + sparse.OLD) * max(most, sparse.OLD, 1 << top)
-    by_row(block, end, n, region, history, sums, tile, found, space)
+    by_row(block, end, n, state, tile, found)
 
 
 @part
-def levels(
-    block: Any,
-    start: int,
-    stop: int,
-    lowest: Any,
-    n: int,
-    bits: int,
-    region: Any,
-    history: Any,
-    sums: Any,
-    strip: int,
-    space: Any,
-) -> None:
+def levels(block: Any, start: int, stop: int, lowest: Any, n: int, bits: int, state: Any, strip: int) -> None:
     """Take frames start..stop-1 of a block through the levels of a strip from `lowest` on.
 
     space.fine holds the n new packed rows of that level, above level 0 also the old ones that the level below keeps.
     """
+    region, history, sums, space = state.region, state.history, state.sums, state.space
     d = block.delays_per_level
     n_row = 2 * d
     n_kept, n_derived = (n_row, 0) if lowest == 0 else (d + 1, d - 1)
@@ -157,7 +152,7 @@ def levels(
     frames = stop - start if block.span == len(block.addresses) else block.span
     most = max(n, n_row)
     is_narrow = True
-    fine, coarse, spare, counts, chunks = space.fine, space.coarse, space.spare, space.counts, space.chunks
+    fine, coarse, spare, counts = space.fine, space.coarse, space.spare, space.counts
     oldest, newest = PAD * LANES, (PAD + n_row) * LANES
     for level in range(lowest, n_level):
         old = first >> level
@@ -166,7 +161,7 @@ def levels(
             break
         # In a gap only the first coarse frame can hold counts: more than n_row dark ones behind it say nothing new.
         wanted = min(new, most)
-        at, kind = place(level, strip, n_strip, d), history.kind[level, strip]
+        at, kind = place(level, strip, n_strip, d), int(history.kind[level, strip])
         size, top = 0, 0
         if is_narrow:
             if kind < 2 and bits <= narrow.LOW:
@@ -183,28 +178,22 @@ def levels(
             broad.darken(counts[0], n_row + n, n_row + wanted)
         n = wanted
         lead, odd = old - (block.first >> level), old & 1
-        last = n_row + n - 1
-        row = min(new, last)
-        n_next = (n + odd) // 2
+        row, last = min(new, n_row + n - 1), n_row + n - 1
         if is_narrow:
             if top:
-                correlate_narrow(block, level, lead, fine, n, size, region, strip, sums, chunks)
+                correlate_narrow(block, level, lead, fine, n, size, region, strip, sums, space.chunks)
                 space.bound[0] += float(top) * float(max(top, 1 << level)) * n
-            history.kind[level, strip] = narrow.save_rows(
-                history, at, n_kept, fine, oldest + row * LANES, oldest + last * LANES
-            )
-            pair = oldest + (2 - odd) * LANES
-            begin = newest - (d - 1) * LANES
-            bits = any_bits(narrow.coarsen(fine, pair, coarse, begin, newest + n_next * LANES))
+            saved = narrow.save_rows(history, at, n_kept, fine, oldest + row * LANES, oldest + last * LANES)
+            bits = narrow.next_level(fine, coarse, oldest, newest, d, odd, n)
             fine, coarse, spare = coarse, spare, coarse
         else:
             broad.load_rows(history, at, n_kept, kind, counts[0])
             correlate_broad(block, level, lead, counts, n, region, strip, sums.wide)
-            history.kind[level, strip] = broad.save_rows(history, at, n_kept, counts[0], row, last)
-            broad.coarsen(counts[0], counts[1], n_row, odd, n_row - d + 1, n_row + n_next)
-            broad.copy(counts[1], counts[0], n_row - d + 1, n_row + n_next)
-        n, n_kept, n_derived = n_next, d + 1, d - 1
-    collect(chunks, region, strip, sums)
+            saved = broad.save_rows(history, at, n_kept, counts[0], row, last)
+            broad.next_level(counts, n_row, d, odd, n)
+        history.kind[level, strip] = saved
+        n, n_kept, n_derived = (n + odd) // 2, d + 1, d - 1
+    collect(space.chunks, region, strip, sums)
 
 
 @inlined
@@ -329,7 +318,8 @@ def weigh(came: Any, first: int, span: int, last: Any, totals: Any) -> Any:
     weights = np.zeros((n_level, n_row + most + 1), np.int64)
     pairs = np.zeros((n_level, PAD + n_row + most), np.int32)
     full = np.zeros(n_level, np.bool_)
-    weights[0, n_row : n_row + n] = came
+    for t in range(n):
+        weights[0, n_row + t] = came[t]
     for level in range(n_level):
         old = first >> level
         new = (first + span >> level) - old
@@ -337,9 +327,13 @@ def weigh(came: Any, first: int, span: int, last: Any, totals: Any) -> Any:
             break
         n = min(new, most)
         w = weights[level]
-        w[:n_row] = last[level]
-        full[level] = (w[: n_row + n] == 1 << level).all()
-        pairs[level, PAD:] = (w[:-1] & 0xFFFF) | w[1:] << 16
+        for row in range(n_row):
+            w[row] = last[level, row]
+        full[level] = True
+        for row in range(n_row + n):
+            full[level] &= w[row] == 1 << level
+        for row in range(n_row + most):
+            pairs[level, PAD + row] = w[row] & 0xFFFF | w[row + 1] << 16
         for t in range(n_row, n_row + n):
             for k in range(1, n_row + 1):
                 totals[level, k - 1] += w[t] * w[t - k]

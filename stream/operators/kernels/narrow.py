@@ -6,9 +6,8 @@ LANES further.
 
 from typing import Any
 
-import numpy as np
-
-from stream.operators.kernels.jit import inlined, kernel, part
+from stream.operators.kernels.events import count_of, pixel_of, seek
+from stream.operators.kernels.jit import inlined, part
 from stream.operators.kernels.lanes import (
     LANES,
     above,
@@ -43,14 +42,6 @@ SHORTEST = 8
 """Rows below which the sums of a piece are not worth their collection."""
 
 
-@kernel
-def aligned(n: int) -> Any:
-    """Return n int32 that begin where a vector may: one that straddles two cache lines takes twice as long."""
-    raw = np.zeros(n + LANES, np.int32)
-    begin = -(raw.ctypes.data // 4) % LANES
-    return raw[begin : begin + n]
-
-
 @part
 def take(block: Any, start: int, stop: int, region: Any, tile: int, taken: Any, bits: Any) -> Any:
     """Take the low 16 bits of frames start..stop-1 of a block; return whether a pixel is above the limit.
@@ -60,7 +51,8 @@ def take(block: Any, start: int, stop: int, region: Any, tile: int, taken: Any, 
     """
     limit = splat(block.limit)
     any_above = splat(0)
-    bits[:] = 0
+    for strip in range(STRIPS):
+        store(splat(0), bits, strip * LANES)
     for t in range(start, stop):
         ahead(block.addresses[t], (region.first[tile] + TILE) * block.itemsize, TILE * block.itemsize)
         for strip in range(STRIPS):
@@ -97,16 +89,17 @@ def ahead(address: int, begin: int, size: int) -> None:
 
 @part
 def fetch(block: Any, t: int, region: Any, strip: int, row: Any) -> None:
-    """Store the counts of a strip in frame t of a block, of 32 bits, in row[0:LANES]; slow."""
-    if len(block.offsets) == 0:
+    """Store the counts of a strip in frame t of a block, of 32 bits, in row[0:LANES]."""
+    if len(block.lengths) == 0:
         store(counts(block, t, region, strip), row, 0)
         return
     store(splat(0), row, 0)
     first = region.first[strip // STRIPS] + strip % STRIPS * LANES
-    for event in range(block.offsets[t], block.offsets[t + 1]):
-        lane = block.pixels[event] - first
-        if 0 <= lane < LANES and region.live[strip * LANES + lane]:
-            row[lane] = block.counts[event]
+    event = seek(block, t, first, first + LANES)
+    while event < block.lengths[t] and pixel_of(block, t, event) < first + LANES:
+        lane = pixel_of(block, t, event) - first
+        row[lane] = count_of(block, t, event) * region.live[strip * LANES + lane]
+        event += 1
 
 
 @part
@@ -182,6 +175,14 @@ def coarsen(fine: Any, pair: int, coarse: Any, begin: int, end: int) -> Any:
         store(either(x, left(following, splat(16))), coarse, at)
         following = x
     return found
+
+
+@inlined
+def next_level(fine: Any, coarse: Any, oldest: int, newest: int, d: int, odd: int, n: int) -> Any:
+    """Make the rows of the next level of the n new ones of this one, and those derived from old ones; as `coarsen`."""
+    pair = oldest + (2 - odd) * LANES
+    begin, end = newest - (d - 1) * LANES, newest + (n + odd) // 2 * LANES
+    return any_bits(coarsen(fine, pair, coarse, begin, end))
 
 
 @part

@@ -13,23 +13,45 @@ frame of that level:
 What comes out is the same sums and the same state, bit for bit.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stream.operators.kernels import narrow
+from stream.operators.kernels.events import count_of, pixel_of, seek
 from stream.operators.kernels.jit import inlined, kernel, part
-from stream.operators.kernels.lanes import add, any_bits, both, either, left, load, splat, store, subtract, transpose
-from stream.operators.kernels.layout import BLOCK, CHUNK, LANES, MOST, PAD, STRIPS, TILE, place, slots
+from stream.operators.kernels.lanes import (
+    add,
+    any_bits,
+    both,
+    either,
+    left,
+    load,
+    prefetch,
+    splat,
+    store,
+    subtract,
+    transpose,
+)
+from stream.operators.kernels.layout import (
+    BLOCK,
+    CACHE_LINE,
+    CHUNK,
+    HIGHEST,
+    LANES,
+    MOST,
+    PAD,
+    ROOM,
+    STRIPS,
+    TILE,
+    place,
+    slots,
+)
 
-LOWEST, HIGHEST = 4, 9
-"""The levels that `top` may be."""
+LOWEST = 4
+"""The least that `top` may be; the most is `HIGHEST`."""
 
-ROOM = 1 << 16
-"""Photons at most of a tile in a block."""
-
-SPARSEST = 24
+SPARSEST = 44
 """Pixels and frames per photon from which on photons are looked at one by one."""
 
 BRIGHTEST = (1 << 13) - 1
@@ -43,101 +65,76 @@ FRAME, PIXEL, COUNT = U(48), U(32), U((1 << 32) - 1)
 """A photon is one number: where the frame in the block, the pixel in the tile, and its counts stand in it."""
 
 
-class Photons(NamedTuple):
-    """The photons of a tile in a span of frames, pixel by pixel in order of time."""
-
-    begin: NDArray[np.uint64]
-    """(TILE + 1,) first photon of each pixel, and one past the last."""
-    frame: NDArray[np.uint32]
-    """(ROOM,) from the begin of the span."""
-    counts: NDArray[np.uint32]
-    """(ROOM,)"""
-    total: NDArray[np.int32]
-    """(TILE,) counts of each pixel."""
-    place: NDArray[np.uint32]
-    """(HIGHEST, 2d + 2) where in `Chunks.sums` the sum of a level and delay stands; that of no delay is never read."""
-    level: NDArray[np.uint8]
-    """(2, 2d * 2**HIGHEST) the lowest level with a delay for a distance in frames, and one past the highest."""
-
-
 @kernel
-def photons(delays_per_level: int) -> Any:
-    """Return the working memory of a thread."""
-    n_row = 2 * delays_per_level
-    chunks = slots(delays_per_level) // LANES
-    # Products of no delay go to a spare sum.
-    place = np.full((HIGHEST, n_row + 2), LANES - 1, np.uint32)
-    level = np.zeros((2, (n_row + 1) << HIGHEST - 1), np.uint8)
-    for i in range(HIGHEST):
-        for k in range(1 if i == 0 else delays_per_level + 1, n_row + 1):
-            group = 0 if i == 0 and k <= delays_per_level else i + 1
-            j = (k - 1) % delays_per_level
-            place[i, k] = (group * chunks + j // CHUNK) * LANES * LANES + j % CHUNK
-    for distance in range(level.shape[1]):
-        lowest = 0
-        while distance >> lowest > n_row:
-            lowest += 1
-        end = max(lowest, 1)
-        while end < HIGHEST and distance >= delays_per_level << end:
-            end += 1
-        level[0, distance], level[1, distance] = lowest, end
-    integers = np.empty((2, ROOM), np.uint32)
-    return Photons(np.zeros(TILE + 1, U), integers[0], integers[1], narrow.aligned(TILE), place, level)
-
-
-@kernel
-def sort(block: Any, region: Any, begin: int, end: int) -> Any:
-    """Return the photons of tiles begin..end-1, tile by tile in order of time, and where those of each begin."""
+def edges(block: Any, region: Any, begin: int, end: int) -> Any:
+    """Return which events of each frame may be in tiles begin..end-1: the first, and one past the last."""
     n = len(block.addresses)
-    last = len(region.first) - 1
-    cursor, stop = np.empty(n, np.int64), np.empty(n, np.int64)
-    n_pixel = region.first[last] + TILE
-    seek(block, region.first[begin], n_pixel, cursor)
-    seek(block, region.first[end - 1] + TILE, n_pixel, stop)
-    starts = np.zeros(end - begin + 2, np.int64)
+    first, last = np.empty(n, np.int64), np.empty(n, np.int64)
+    n_pixel = region.first[len(region.first) - 1] + TILE
     for t in range(n):
-        for event in range(cursor[t], stop[t]):
-            tile = region.tile[block.pixels[event] // TILE] - begin
+        first[t] = seek(block, t, region.first[begin], n_pixel)
+        last[t] = seek(block, t, region.first[end - 1] + TILE, n_pixel)
+    return first, last
+
+
+@part
+def are_many(n: int, n_tile: int, n_frames: int) -> Any:
+    """Tell whether n photons are better taken as rows."""
+    return n * SPARSEST > n_tile * TILE * n_frames
+
+
+@part
+def gather(block: Any, region: Any, tile: int, cursor: Any, found: Any) -> Any:
+    """Put the photons of a tile in `found`, in order of time, and return how many there are.
+
+    Those of frame t are at event cursor[t] or behind it; it is moved behind them.
+    """
+    n: Any = 0
+    begin = region.first[tile]
+    for t in range(len(cursor)):
+        event, last = cursor[t], block.lengths[t]
+        while event < last and pixel_of(block, t, event) < begin:
+            event += 1
+        while event < last and pixel_of(block, t, event) < begin + TILE:
+            found[n] = photon(block, begin, t, event)
+            n += 1
+            event += 1
+        cursor[t] = event
+        # Where the next tile will go on in this frame.
+        for line in range(event, event + TILE // 8, CACHE_LINE // 4):
+            prefetch(block.pixels[t] + line * 4)
+            prefetch(block.counts[t] + line * block.itemsize)
+    return n
+
+
+@inlined
+def photon(block: Any, begin: int, t: int, event: int) -> Any:
+    """Return an event of frame t as a photon of the tile that begins at a pixel."""
+    return U(t) << FRAME | U(pixel_of(block, t, event) - begin) << PIXEL | U(count_of(block, t, event))
+
+
+@kernel
+def sort(block: Any, region: Any, begin: int, end: int, first: Any, last: Any) -> Any:
+    """Return the photons of tiles begin..end-1, tile by tile in order of time, and where those of each begin.
+
+    Those of frame t are among the events first[t]..last[t]-1.
+    """
+    starts = np.zeros(end - begin + 2, np.int64)
+    for t in range(len(first)):
+        for event in range(first[t], last[t]):
+            tile = region.tile[pixel_of(block, t, event) // TILE] - begin
             if 0 <= tile < end - begin:
                 starts[tile + 2] += 1
     for tile in range(end - begin):
         starts[tile + 2] += starts[tile + 1]
-    sorted_photons = np.empty(starts[end - begin + 1], U)
-    for t in range(n):
-        for event in range(cursor[t], stop[t]):
-            pixel = block.pixels[event]
-            tile = region.tile[pixel // TILE] - begin
+    found = np.empty(starts[end - begin + 1], U)
+    for t in range(len(first)):
+        for event in range(first[t], last[t]):
+            tile = region.tile[pixel_of(block, t, event) // TILE] - begin
             if 0 <= tile < end - begin:
-                p = pixel - region.first[begin + tile]
-                sorted_photons[starts[tile + 1]] = U(t) << FRAME | U(p) << PIXEL | U(block.counts[event])
+                found[starts[tile + 1]] = photon(block, region.first[begin + tile], t, event)
                 starts[tile + 1] += 1
-    return sorted_photons, starts
-
-
-@part
-def seek(block: Any, pixel: int, n_pixel: int, cursor: Any) -> None:
-    """Find the first event of each frame that is not before a pixel, beginning where it is in even light."""
-    for t in range(len(cursor)):
-        low, high = block.offsets[t], block.offsets[t + 1]
-        guess = low + (high - low) * pixel // n_pixel
-        step = 8
-        while guess > low and block.pixels[guess - 1] >= pixel:
-            high = guess
-            guess = max(low, guess - step)
-            step *= 2
-        low = guess
-        step = 8
-        while low + step < high and block.pixels[low + step] < pixel:
-            low += step + 1
-            step *= 2
-        high = min(high, low + step)
-        while low < high:
-            middle = (low + high) // 2
-            if block.pixels[middle] < pixel:
-                low = middle + 1
-            else:
-                high = middle
-        cursor[t] = low
+    return found, starts
 
 
 @part
@@ -156,21 +153,26 @@ def since(found: Any, t: int) -> Any:
 @part
 def scatter(found: Any, start: int, stop: int, region: Any, tile: int, limit: int, taken: Any, bits: Any) -> Any:
     """Do what `narrow.take` does, with the photons found in a tile."""
-    for at in range(0, STRIPS * LANES, LANES):
-        store(splat(0), bits, at)
     for strip in range(STRIPS):
         for t in range(stop - start):
             store(splat(0), taken, (strip * BLOCK + t) * LANES)
-    is_above: Any = False
-    for i in range(since(found, start), since(found, stop)):
+    first, last = since(found, start), since(found, stop)
+    top: Any = np.int64(0)
+    for i in range(first, last):
         p = np.int64(found[i] >> PIXEL & U(0xFFFF))
-        count = np.int64(found[i] & COUNT)
-        if region.live[tile * TILE + p]:
-            row = np.int64(found[i] >> FRAME) - start
-            taken[(p // LANES * BLOCK + row) * LANES + p % LANES] = count
-            bits[p // LANES * LANES] |= count
-            is_above |= count > limit
-    return is_above
+        count = np.int64(found[i] & COUNT) * region.live[tile * TILE + p]
+        row = np.int64(found[i] >> FRAME) - start
+        taken[(p // LANES * BLOCK + row) * LANES + p % LANES] = count
+        top = max(top, count)
+    for strip in range(STRIPS):
+        every = splat(0)
+        for t in range(stop - start):
+            every = either(every, load(taken, (strip * BLOCK + t) * LANES))
+        store(every, bits, strip * LANES)
+    for i in range(first, last if top > narrow.LOW else first):
+        p = np.int64(found[i] >> PIXEL & U(0xFFFF))
+        bits[p] |= np.int64(found[i] & COUNT) * region.live[tile * TILE + p]
+    return top > limit
 
 
 @part
@@ -223,7 +225,7 @@ def take(found: Any, begin: int, end: int, region: Any, tile: int, limit: int, s
 def choose(block: Any, n: int, history: Any, tile: int) -> Any:
     """Return `top` for n photons of a tile in a block; 0 if they are better taken as rows."""
     d, n_frames = block.delays_per_level, len(block.addresses)
-    if n * SPARSEST > TILE * n_frames:
+    if are_many(n, 1, n_frames):
         return 0
     top = LOWEST
     while top < HIGHEST and n << top + 3 <= TILE * n_frames:
@@ -257,7 +259,7 @@ def usual(block: Any, top: int, history: Any, tile: int) -> Any:
 
 
 @part
-def fold(block: Any, n: int, top: int, seen: Any, pixel: int, history: Any, strip: int, space: Any) -> Any:
+def fold(block: Any, n: int, top: int, pixel: int, history: Any, strip: int, space: Any) -> Any:
     """Take the photons of a strip in n frames through the levels below `top`; return the bits of the rows of `top`.
 
     Its first pixel in the tile is `pixel`.
@@ -266,13 +268,13 @@ def fold(block: Any, n: int, top: int, seen: Any, pixel: int, history: Any, stri
     d = block.delays_per_level
     n_row = 2 * d
     n_strip = history.kind.shape[1]
-    fine, coarse, ends, chunks = space.fine, space.coarse, space.spare, space.chunks
+    fine, coarse, ends, chunks, seen = space.fine, space.coarse, space.spare, space.chunks, space.photons
     oldest, newest = PAD * LANES, (PAD + n_row) * LANES
     for level in range(top):
         kept = n_row if level == 0 else d + 1
         at = place(level, strip, n_strip, d)
         store(splat(0), fine, newest)
-        narrow.load_rows(history, at, kept, 0, fine, oldest)
+        narrow.load_rows(history, at, kept, int(history.kind[level, strip]), fine, oldest)
         last_rows(seen, n, level, n_row, pixel, ends)
         history.kind[level, strip] = narrow.save_rows(history, at, kept, ends, 0, (n_row - 1) * LANES)
         begin_chunks(level, d, seen, pixel, fine, newest, ends, chunks)
