@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,9 @@ def figures() -> Iterator[Figure]:
     milliseconds = [(1e3 * BANDS * ours, 1e3 * BANDS * theirs) for ours, theirs in said["snapshot"]]
     against = f"copying its {BANDS * said['snapshot_size'] / 1e9:.2f} GB"
     yield compare("snapshot, 4M, 16 levels", "ms", against, milliseconds, less_is_better=True)
+    held_up = [(1e3 * ours, 1e3 * theirs) for ours, theirs in said["held_up"]]
+    against = f"the snapshot, of 1/{BANDS}"
+    yield compare("frame held up by a snapshot", "ms", against, held_up, less_is_better=True)
 
 
 def _measure() -> None:
@@ -50,11 +54,17 @@ def _measure() -> None:
     state = _resident("VmHWM") - before
 
     arrays = operator.snapshot()
-    copying = pairs(
-        lambda: seconds(operator.snapshot), lambda: seconds(lambda: [a.copy() for a in arrays.values()]), ROUNDS
-    )
+    snapshot = partial(seconds, lambda: dict(operator.snapshot()))
+    copying = pairs(snapshot, lambda: seconds(lambda: [a.copy() for a in arrays.values()]), ROUNDS)
+
+    def push_beside() -> None:
+        operator.snapshot()
+        first = operator.n_frames
+        operator.push(FrameBatch(run="bench", first=first, frames=frames[:1], timestamp_ns=0))
+
+    held_up = pairs(lambda: seconds(push_beside), snapshot, ROUNDS)
     size = sum(array.nbytes for array in arrays.values())
-    print(json.dumps({"state": state, "snapshot": copying, "snapshot_size": size}))
+    print(json.dumps({"state": state, "snapshot": copying, "held_up": held_up, "snapshot_size": size}))
 
 
 def _resident(name: str) -> int:

@@ -69,11 +69,6 @@ class Events:
 
     def __post_init__(self) -> None:
         # Kernels read the arrays by address, and would be compiled once more for those that can be written to.
-        n = len(self.pixels)
-        if self.offsets.shape != (self.shape[0] + 1,) or self.pixels.shape != (n,) or self.counts.shape != (n,):
-            raise ValueError(f"events of {self.shape[0]} frames: {self.offsets.shape} offsets, {n} pixels")
-        if self.offsets[0] != 0 or self.offsets[-1] != n or np.any(self.offsets[1:] < self.offsets[:-1]):
-            raise ValueError(f"offsets of {n} events do not ascend from 0 to {n}")
         for array in (self.offsets, self.pixels, self.counts):
             if not array.flags.c_contiguous:
                 raise ValueError("events with gaps between them in memory")

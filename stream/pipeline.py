@@ -10,14 +10,16 @@ Faults, one rule each. What cannot be read is counted and skipped; its frames sh
 sink does not take is dropped; a final one raises once the other sinks have it, and a restart delivers it again. A
 transport that is gone raises: reconnecting is libzmq's and librdkafka's, restarting is the scheduler's.
 
-A run ends in four steps, so that it can be killed between any two of them and nothing is lost: checkpoint with the
-RunStop in it, write the final results, flush every sink, checkpoint without the run.
+Checkpoints are written beside, while frames are taken. A run ends in four steps, so that it can be killed between any
+two of them and nothing is lost: checkpoint with the RunStop in it, write the final results, flush every sink,
+checkpoint without the run.
 """
 
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -91,7 +93,8 @@ class Pipeline:
         Where to keep the state. With it a set `stop` leaves the run to be resumed; without it the run ends as aborted,
         with final results of what came.
     publish_every, checkpoint_every
-        Seconds between interim results, and between checkpoints.
+        Seconds between interim results, and between checkpoints. With 0 there is a checkpoint of every message, on
+        disk before the next is taken.
     runs
         Return after so many runs; None = go on for ever.
     stop
@@ -127,6 +130,8 @@ class Pipeline:
         self._last_reason = ""
         self._rejected = self._strays = 0
         self._publish_due = self._checkpoint_due = 0.0
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
         self._drain_until: float | None = None
 
     def run(self) -> None:
@@ -143,12 +148,13 @@ class Pipeline:
         RoiMapError, ConfigError
             All is done, but a run could not be processed at all.
         """
-        self._resume()
-        try:
-            finished = self._listen()
-        except SourceError:
-            self._leave()
-            raise
+        with self._writer:
+            self._resume()
+            try:
+                finished = self._listen()
+            except SourceError:
+                self._leave()
+                raise
         if finished and self._refused is not None:
             raise self._refused
 
@@ -299,10 +305,25 @@ class Pipeline:
         if self._run is not None and now >= self._publish_due:
             self._offer(self._run)
             self._publish_due = now + self._publish_every
-        if self._run is not None and now >= self._checkpoint_due:
+        if self._writing is not None and self._writing.done():
+            self._wait_for_writer()
+        if self._run is not None and self._checkpoint_every == 0:
             self._save(self._position)
+        elif self._run is not None and now >= self._checkpoint_due and self._writing is None:
+            self._save_beside(self._position)
 
     def _save(self, position: Position) -> None:
+        """Return once the checkpoint is on disk."""
+        self._save_beside(position)
+        self._wait_for_writer()
+
+    def _wait_for_writer(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _save_beside(self, position: Position) -> None:
+        self._wait_for_writer()
         self._checkpoint_due = time.monotonic() + self._checkpoint_every
         if self._checkpoint_path is None:
             return
@@ -311,7 +332,8 @@ class Pipeline:
         if run is not None:
             states = {operator.name: operator.snapshot() for operator in run.operators}
             running = checkpoint.Running(start=run.start, stop=run.stop, ledger=run.ledger.arrays(), operators=states)
-        checkpoint.save(self._checkpoint_path, checkpoint.Checkpoint(position=position, running=running))
+        state = checkpoint.Checkpoint(position=dict(position), running=running)
+        self._writing = self._writer.submit(checkpoint.save, self._checkpoint_path, state)
 
     def _resume(self) -> None:
         path = self._checkpoint_path

@@ -53,7 +53,10 @@ class Operator(Protocol):
         """Add what another operator knows of the same frames and other pixels. Nothing can be pushed afterwards."""
 
     def snapshot(self) -> Arrays:
-        """Return the whole state, with a digest of the roi maps. Later pushes do not change it."""
+        """Return the whole state, with a digest of the roi maps. Later pushes do not change it.
+
+        It may still be being copied: then reading it waits, and so does a push that would change what is not copied.
+        """
 
     def restore(self, state: Arrays) -> None:
         """Take over a `snapshot`.

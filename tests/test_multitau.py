@@ -397,3 +397,18 @@ def test_frames_that_are_not_those_of_the_run_are_refused(roimap, shape, dtype):
     with pytest.raises(ValueError, match=r"are not those of the run"):
         operator.push(FrameBatch(run="run-1", first=0, frames=np.ones(shape, dtype), timestamp_ns=0))
     assert operator.n_frames == 0
+
+
+def test_a_snapshot_is_of_the_moment_it_was_asked_for():
+    shape = (512, 512)
+    frames = np.random.default_rng(3).poisson(1, (512, *shape)).astype("<u2")
+    roimap = make_roimap(shape)
+    one, other = (MultiTau(make_start(shape), roimap) for _ in range(2))
+    for operator in (one, other):
+        push(operator, frames[:256])
+    snapshot = one.snapshot()
+    one.push(FrameBatch(run="run-1", first=256, frames=frames[256:], timestamp_ns=0))
+    expected = other.snapshot()
+    assert snapshot.keys() == expected.keys()
+    for name, array in snapshot.items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)

@@ -337,6 +337,36 @@ def test_killed_between_checkpoints_the_source_replays_what_was_not_saved(tmp_pa
     assert_same_results(sink.results(final=True), process(RUN).results(final=True))
 
 
+def test_frames_are_taken_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    save, taken, written = checkpoint.save, threading.Event(), []
+
+    def slow_save(path, state):
+        if state.running is not None and state.running.stop is None and written:
+            assert taken.wait(30), "no frame was taken until the checkpoint was written"
+        save(path, state)
+        written.append(state)
+
+    monkeypatch.setattr(checkpoint, "save", slow_save)
+    sink = process([*RUN[:-1], taken.set, RUN[-1]], checkpoint_path=tmp_path / "checkpoint", checkpoint_every=1e-9)
+    assert_same_results(sink.results(final=True), process(RUN).results(final=True))
+    assert len(written) > 3
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_while_the_run_is_on(tmp_path, monkeypatch):
+    save, failed = checkpoint.save, threading.Event()
+
+    def failing_save(path, state):
+        if path.exists():
+            failed.set()
+            raise CheckpointError(f"{path}: no space left")
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", failing_save)
+    messages = [*RUN[:2], lambda: failed.wait(30), *RUN[2:5]]
+    with pytest.raises(CheckpointError, match="no space left"):
+        process(messages, checkpoint_path=tmp_path / "checkpoint", checkpoint_every=1e-9)
+
+
 def test_without_a_way_back_what_came_meanwhile_is_counted_as_lost(tmp_path):
     path = tmp_path / "checkpoint"
     with pytest.raises(Killed):

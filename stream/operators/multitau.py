@@ -13,6 +13,7 @@ none is formed afterwards.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -26,7 +27,7 @@ from stream.operators.kernels import wide
 from stream.operators.kernels.layout import BLOCK, CHUNK, LANES, TILE, Block, History, Sums, aligned, slots
 from stream.operators.kernels.space import State, work_space
 from stream.operators.roimap import RoiMap
-from stream.operators.state import check_identity, identity, static_bins
+from stream.operators.state import Copying, check_identity, identity, static_bins
 from stream.operators.tiles import Threads, Tiles
 
 Error = Literal["static", "pixel"]
@@ -133,6 +134,8 @@ class MultiTau:
         self._held_photons = 0
         self._addresses = np.zeros(BLOCK, np.int64)
         self._n_held = 0
+        self._copier = ThreadPoolExecutor(1, "snapshot")
+        self._copy: Future[Arrays] | None = None
         self._unbroken = 0
         """The first frame since the last that was missing."""
 
@@ -230,6 +233,7 @@ class MultiTau:
 
     def _correlate(self, first: int, span: int, addresses: NDArray[np.int64], events: Sequence[Events] = ()) -> None:
         """Fold in `span` frames from `first` on."""
+        self._let_copy()
         came = addresses != 0
         before = self._last_weights.copy(), self._pairs.copy()
         weights, pairs, full = kernel.weigh(came, first, span, self._last_weights, self._pairs)
@@ -374,6 +378,7 @@ class MultiTau:
 
     def _take(self, totals: list[wide.Wide]) -> None:
         """Put such totals in the place of what there is."""
+        self._let_copy()
         *sums, self._N_left = totals
         n_slot = (self._levels + 1) * slots(self._d)
         n_bin = self._N_left.shape[2]
@@ -385,14 +390,25 @@ class MultiTau:
         self._bound = 0.0
 
     def snapshot(self) -> Arrays:
-        """Return the state; see `stream.protocols.Operator`."""
+        """Return the state; see `stream.protocols.Operator`. It is copied while frames are pushed, up to a block."""
         self._fold()
-        n_level = min(self._levels, self.n_frames.bit_length())
+        self._let_copy()
+        self._copy = self._copier.submit(self._state, self.n_frames)
+        return Copying(self._copy)
+
+    def _let_copy(self) -> None:
+        """Return once the state may change."""
+        if self._copy is not None:
+            self._copy.result()
+            self._copy = None
+
+    def _state(self, n_frames: int) -> Arrays:
+        n_level = min(self._levels, n_frames.bit_length())
         n_delay = (n_level + 1) * self._d if n_level else 0
         totals = zip(("G2", "IP", "IF", "N"), self._totals(), strict=True)
         return {
             **self._identity(),
-            "n_frames": np.array(self.n_frames),
+            "n_frames": np.array(n_frames),
             "live": self._region.live.copy(),
             **saved_planes(self._history, self._d, n_level),
             "weights": self._last_weights[:n_level].copy(),
@@ -403,6 +419,7 @@ class MultiTau:
     def restore(self, state: Arrays) -> None:
         """Take over a state; see `stream.protocols.Operator`."""
         check_identity(self.name, state, self._identity())
+        self._let_copy()
         self.n_frames = self._unbroken = int(state["n_frames"])
         self._merged = False
         self._let_go()

@@ -1,5 +1,9 @@
 """What binds an operator, and a saved state of it, to a run and a roi map."""
 
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -45,3 +49,19 @@ def check_identity(operator: str, state: Arrays, expected: Arrays) -> None:
     for name, value in expected.items():
         if name not in state or not np.array_equal(state[name], value):
             raise CheckpointError(f"{operator}: the checkpoint was made with another {name}")
+
+
+class Copying(Mapping[str, NDArray[Any]]):
+    """A state that another thread is still copying: whoever looks at it waits."""
+
+    def __init__(self, copy: Future[Arrays]) -> None:
+        self._copy = copy
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self._copy.result()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._copy.result())
+
+    def __len__(self) -> int:
+        return len(self._copy.result())
