@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -251,7 +252,7 @@ def _correlate(configuration: "Configuration", runs: int | None, console: Consol
             source,
             make,
             sinks,
-            checkpoint_path=Path(checkpoint.path) if checkpoint else None,
+            checkpoints=checkpoints.File(Path(checkpoint.path)) if checkpoint else None,
             checkpoint_every=checkpoint.every if checkpoint else 30.0,
             publish_every=configuration.publish_every,
             runs=runs,
@@ -544,6 +545,46 @@ def show(
 
     _save(draw(result), out)
     typer.echo(out)
+
+
+@app.command()
+def broker(
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where records, settings and log lie; ~/.local/share/xpcs-stream/kafka if not given.", metavar="DIR"
+        ),
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 9092,
+    listen: Annotated[
+        str,
+        typer.Option(
+            help="Address of this machine to listen on, and that clients are told. Whoever reaches it may read and "
+            "write everything: only this machine does, if not given.",
+            metavar="ADDRESS",
+        ),
+    ] = "127.0.0.1",
+) -> None:
+    """Run an Apache Kafka broker, for those who have none. Prints its address once it answers.
+
+    It needs Java 17 and, the first time, Maven and the network. It ends on Ctrl-C or SIGTERM; what it was sent stays in
+    DIR for the next start, a week long unless a topic says otherwise.
+
+    xpcs-stream broker --port 9092
+    """
+    from stream.broker import Broker
+
+    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share")
+    kafka = Broker(
+        directory or home / "xpcs-stream/kafka",
+        port=port,
+        listen=listen,
+        say=lambda text: typer.echo(text, err=True),
+    )
+    with _stopped_by_signals() as stop, kafka:
+        typer.echo(kafka.bootstrap)
+        typer.echo(f"records and {kafka.log.name} are in {kafka.directory}", err=True)
+        kafka.watch(stop)
 
 
 if __name__ == "__main__":

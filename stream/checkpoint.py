@@ -3,16 +3,24 @@
 A node may die without a signal at any time. Because what was computed and where the source goes on stand in the same
 file, each frame enters the state exactly once when the source can seek; otherwise what came meanwhile shows as lost.
 
+One process alone keeps one `File`. Where a region may get another owner while the one before still lives, paused or
+unreachable, each owner has an epoch of its own (`Epochs`) and only the newest counts: what an old one still writes
+changes nothing.
+
 The file: `MAGIC`, length and crc32c of the header (little-endian uint32 each), the header (MessagePack), then the
 arrays one after the other, each with its own checksum in the header's table.
 """
 
+import logging
 import mmap
 import os
+import re
+import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import crc32c
 import numpy as np
@@ -21,6 +29,8 @@ from stream import wire
 from stream.errors import CheckpointError, DecodeError
 from stream.messages import Arrays, Position, RunStart, RunStop
 from stream.wire import Packer, unpackb
+
+_log = logging.getLogger(__name__)
 
 MAGIC = b"xpcs-stream checkpoint 1\n"
 _PREFIX = struct.Struct("<II")
@@ -43,6 +53,124 @@ class Checkpoint:
 
     position: Position
     running: Running | None
+
+
+class Store(Protocol):
+    """Where checkpoints of one run and region are kept."""
+
+    def load(self) -> Checkpoint | None:
+        """Return the newest; None if there is none.
+
+        Raises
+        ------
+        CheckpointError
+            What is there cannot be read.
+        """
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Keep one, in the place of older ones.
+
+        Raises
+        ------
+        CheckpointError
+            It could not be written, or another owner has taken over.
+        """
+
+
+class File:
+    """One file, for one process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    def load(self) -> Checkpoint | None:
+        """Read it; see `Store`."""
+        return load(self._path)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Replace it; see `Store`."""
+        save(self._path, checkpoint)
+
+
+KEPT = 2
+"""Checkpoints of an epoch: should the newest be damaged, there is the one before."""
+
+
+class Epochs:
+    """A directory that owners of a region share, one after the other: ``<epoch>/<number>``.
+
+    The one who makes the directory of an epoch is its owner; no two can.
+
+    Raises
+    ------
+    CheckpointError
+        The directory cannot be used.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._number = 0
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            epoch = max(self._epochs(), default=0) + 1
+            while not _made(directory / f"{epoch:08d}"):
+                epoch += 1
+            self._own = directory / f"{epoch:08d}"
+        except OSError as error:
+            raise CheckpointError(f"{directory}: checkpoints cannot be kept there: {error.strerror}") from error
+
+    def __str__(self) -> str:
+        return str(self._directory)
+
+    def load(self) -> Checkpoint | None:
+        """Return the newest of the newest epoch that can be read; None if there never was one."""
+        damaged: CheckpointError | None = None
+        for path in self._newest_first():
+            try:
+                return load(path)
+            except CheckpointError as error:
+                _log.warning("%s; the one before is taken", error)
+                damaged = damaged or error
+        if damaged is not None:
+            raise damaged
+        return None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write the next of our epoch, and remove what is older than the one before."""
+        if self._is_over():
+            raise CheckpointError(f"{self._directory}: another owner has taken over")
+        self._number += 1
+        save(self._own / f"{self._number:012d}", checkpoint)
+        for old in self._newest_first()[KEPT:]:
+            old.unlink(missing_ok=True)
+        if self._number >= KEPT:
+            for epoch in self._epochs():
+                if epoch < int(self._own.name):
+                    shutil.rmtree(self._directory / f"{epoch:08d}", ignore_errors=True)
+
+    def _is_over(self) -> bool:
+        return not self._own.exists() or max(self._epochs()) > int(self._own.name)
+
+    def _epochs(self) -> Iterator[int]:
+        return (int(path.name) for path in self._directory.iterdir() if re.fullmatch(r"\d{8}", path.name))
+
+    def _newest_first(self) -> list[Path]:
+        own = int(self._own.name)
+        found = [
+            path for path in self._directory.glob("*/*") if re.fullmatch(r"\d{8}/\d{12}", "/".join(path.parts[-2:]))
+        ]
+        return sorted((path for path in found if int(path.parent.name) <= own), reverse=True)
+
+
+def _made(directory: Path) -> bool:
+    try:
+        directory.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:

@@ -7,7 +7,8 @@ XpcsStreamError
 ├── SourceError         the transport of a source is gone
 │   └── NotSeekable     a source was asked to go back and cannot
 ├── SinkError           a sink could not deliver
-└── CheckpointError     a checkpoint is damaged or belongs to something else
+├── CheckpointError     a checkpoint is damaged or belongs to something else
+└── BrokerError         a Kafka broker of ours cannot be started, or ended by itself
 """
 
 
@@ -41,3 +42,7 @@ class SinkError(XpcsStreamError):
 
 class CheckpointError(XpcsStreamError):
     """A checkpoint is damaged or belongs to something else."""
+
+
+class BrokerError(XpcsStreamError):
+    """A Kafka broker of ours cannot be started, or ended by itself."""

@@ -16,13 +16,13 @@ checkpoint without the run.
 """
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 from stream import checkpoint
 from stream.errors import CheckpointError, ConfigError, RoiMapError, SinkError, SourceError, XpcsStreamError
@@ -31,6 +31,12 @@ from stream.messages import ExitStatus, FrameBatch, Message, Output, Position, R
 from stream.protocols import Operator, Sink, Source
 
 _log = logging.getLogger(__name__)
+
+OFTEN = 1.0
+"""Seconds between checkpoints of a state that is written at once."""
+
+SHARE = 0.1
+"""Of the time, in which checkpoints are written unless they would be too far apart."""
 
 DRAIN = 2.0
 """Seconds in which a source that cannot go back is emptied once the pipeline is told to stop."""
@@ -42,6 +48,8 @@ class _Run:
     operators: Sequence[Operator]
     ledger: Ledger = field(default_factory=Ledger)
     stop: RunStop | None = None
+    offered: int = 0
+    """Frames of the last partial sums."""
 
     def owns(self, message: FrameBatch | RunStop) -> bool:
         return (message.run, message.region) == (self.start.run, self.start.region)
@@ -60,6 +68,28 @@ class _Run:
         if self.planned and batch.first + n > self.planned:
             return f"end at {batch.first + n}, the run has {self.planned} frames"
         return None
+
+    def frames_between(self, seconds: float) -> int:
+        """Return how many frames come in about that time: a power of 2, the same for every region of the run."""
+        return 1 << max(0, math.ceil(math.log2(seconds / self.start.frame_time)))
+
+    def results(self, n_frames: int, *, final: bool, partials: bool) -> list[Result]:
+        """Return what is known after n_frames."""
+        arrays = [
+            (operator.name, operator.partial(n_frames) if partials else operator.result())
+            for operator in self.operators
+        ]
+        return [
+            Result(
+                run=self.start.run,
+                region=self.start.region,
+                operator=name,
+                n_frames=n_frames,
+                final=final,
+                arrays=result,
+            )
+            for name, result in [*arrays, ("ledger", self.ledger.arrays())]
+        ]
 
     @property
     def planned(self) -> int:
@@ -89,12 +119,17 @@ class Pipeline:
         Open; the caller closes them.
     operators
         Makes the operators of a run.
-    checkpoint_path
+    checkpoints
         Where to keep the state. With it a set `stop` leaves the run to be resumed; without it the run ends as aborted,
         with final results of what came.
-    publish_every, checkpoint_every
-        Seconds between interim results, and between checkpoints. With 0 there is a checkpoint of every message, on
-        disk before the next is taken.
+    publish_every
+        Seconds between interim results.
+    partials
+        Publish partial sums (`Operator.partial`) instead of results, for a `stream.merger.Merger`: at frames that are
+        multiples of a power of 2, so that all regions do so at the same ones.
+    checkpoint_every
+        Seconds between checkpoints at most: what has to be replayed after a kill. There are more of them while writing
+        them takes less than a tenth of the time. With 0 there is one of every message, on disk before the next.
     runs
         Return after so many runs; None = go on for ever.
     stop
@@ -107,8 +142,9 @@ class Pipeline:
         operators: Callable[[RunStart], Sequence[Operator]],
         sinks: Sequence[Sink],
         *,
-        checkpoint_path: Path | None = None,
+        checkpoints: checkpoint.Store | None = None,
         publish_every: float = 1.0,
+        partials: bool = False,
         checkpoint_every: float = 30.0,
         runs: int | None = None,
         stop: threading.Event | None = None,
@@ -116,8 +152,9 @@ class Pipeline:
         self._source = source
         self._operators = operators
         self._sinks = sinks
-        self._checkpoint_path = checkpoint_path
+        self._checkpoints = checkpoints
         self._publish_every = publish_every
+        self._partials = partials
         self._checkpoint_every = checkpoint_every
         self._runs_left = runs
         self._stop = stop if stop is not None else threading.Event()
@@ -185,8 +222,8 @@ class Pipeline:
     def _say_why_nothing(self) -> None:
         if self._last_reason:
             raise SourceError(f"nothing could be read: {self._last_reason}")
-        if self._checkpoint_path is not None and self._checkpoint_path.exists():
-            _log.warning("nothing is left to do after %s; remove it to begin again", self._checkpoint_path)
+        if self._checkpoints is not None and self._checkpoints.load() is not None:
+            _log.warning("nothing is left to do after %s; remove it to begin again", self._checkpoints)
 
     def _take(self, message: Message | None) -> None:
         run = self._run
@@ -252,10 +289,31 @@ class Pipeline:
         past = run.ledger.admit(batch.first, n)
         if past < n:
             fresh = replace(batch, first=batch.first + past, frames=batch.frames[past:]) if past else batch
-            for operator in run.operators:
-                operator.push(fresh)
+            for part in self._until_due(run, fresh):
+                for operator in run.operators:
+                    operator.push(part)
         age = time.time_ns() - batch.timestamp_ns
         run.ledger.lag = age / 1e9 - (n - 1) * run.start.frame_time - run.start.count_time
+
+    def _until_due(self, run: _Run, batch: FrameBatch) -> Iterator[FrameBatch]:
+        """Cut frames where partial sums are due, and offer those."""
+        if not self._partials:
+            yield batch
+            return
+        every = run.frames_between(self._publish_every)
+        begin, end = batch.first, batch.first + len(batch.frames)
+        while begin < end:
+            until = min(end, (begin // every + 1) * every)
+            # What was due before may never have come.
+            self._offer_partials(run, begin // every * every)
+            yield replace(batch, first=begin, frames=batch.frames[begin - batch.first : until - batch.first])
+            self._offer_partials(run, until // every * every)
+            begin = until
+
+    def _offer_partials(self, run: _Run, due: int) -> None:
+        if due > run.offered:
+            run.offered = due
+            self._offer(run, due)
 
     def _break_off(self, exit_status: ExitStatus, position: Position) -> None:
         """End a run of which the detector did not say that it ended."""
@@ -267,7 +325,7 @@ class Pipeline:
     def _end(self, run: _Run, stop: RunStop, position: Position) -> None:
         run.stop = stop
         self._save(position)
-        self._deliver([*_results(run, final=True), stop])
+        self._deliver([*run.results(run.ledger.next_frame, final=True, partials=self._partials), stop])
         self._run = None
         self._runs_ended += 1
         self._save(position)
@@ -291,9 +349,9 @@ class Pipeline:
         if failed is not None:
             raise failed
 
-    def _offer(self, run: _Run) -> None:
+    def _offer(self, run: _Run, n_frames: int) -> None:
         """Give interim results to the sinks, which may drop them."""
-        for result in _results(run, final=False):
+        for result in run.results(n_frames, final=False, partials=self._partials):
             for sink in self._sinks:
                 try:
                     sink.write(result)
@@ -302,8 +360,8 @@ class Pipeline:
 
     def _keep_time(self) -> None:
         now = time.monotonic()
-        if self._run is not None and now >= self._publish_due:
-            self._offer(self._run)
+        if self._run is not None and now >= self._publish_due and not self._partials:
+            self._offer(self._run, self._run.ledger.next_frame)
             self._publish_due = now + self._publish_every
         if self._writing is not None and self._writing.done():
             self._wait_for_writer()
@@ -324,8 +382,7 @@ class Pipeline:
 
     def _save_beside(self, position: Position) -> None:
         self._wait_for_writer()
-        self._checkpoint_due = time.monotonic() + self._checkpoint_every
-        if self._checkpoint_path is None:
+        if self._checkpoints is None:
             return
         run = self._run
         running = None
@@ -333,11 +390,16 @@ class Pipeline:
             states = {operator.name: operator.snapshot() for operator in run.operators}
             running = checkpoint.Running(start=run.start, stop=run.stop, ledger=run.ledger.arrays(), operators=states)
         state = checkpoint.Checkpoint(position=dict(position), running=running)
-        self._writing = self._writer.submit(checkpoint.save, self._checkpoint_path, state)
+        self._writing = self._writer.submit(self._write, self._checkpoints, state)
+
+    def _write(self, store: checkpoint.Store, state: checkpoint.Checkpoint) -> None:
+        begin = time.monotonic()
+        store.save(state)
+        end = time.monotonic()
+        self._checkpoint_due = end + min(self._checkpoint_every, max(OFTEN, (end - begin) / SHARE))
 
     def _resume(self) -> None:
-        path = self._checkpoint_path
-        saved = None if path is None else checkpoint.load(path)
+        saved = None if self._checkpoints is None else self._checkpoints.load()
         if saved is None:
             return
         try:
@@ -346,8 +408,8 @@ class Pipeline:
         except SourceError as error:
             if saved.running is not None:
                 run = saved.running.start.run
-                raise CheckpointError(f"{path}: run {run} in it is of another source: {error}") from error
-            _log.info("%s is of another source, which is done", path)
+                raise CheckpointError(f"{self._checkpoints}: run {run} in it is of another source: {error}") from error
+            _log.info("%s is of another source, which is done", self._checkpoints)
         if saved.running is not None:
             self._resume_run(saved.running)
 
@@ -356,39 +418,25 @@ class Pipeline:
         names = [operator.name for operator in run.operators]
         if set(names) != set(saved.operators):
             was = ", ".join(saved.operators)
-            raise CheckpointError(f"{self._checkpoint_path}: it was made with {was}, not with {', '.join(names)}")
+            raise CheckpointError(f"{self._checkpoints}: it was made with {was}, not with {', '.join(names)}")
         run.ledger.restore(saved.ledger)
+        run.offered = run.ledger.next_frame
         for operator in run.operators:
             operator.restore(saved.operators[operator.name])
         _log.warning("run %s goes on at frame %d", saved.start.run, run.ledger.next_frame)
         self._run = run
-        self._checkpoint_due = time.monotonic() + self._checkpoint_every
         self._deliver([saved.start])
         if run.stop is not None:
             self._end(run, run.stop, self._source.position())
 
     def _leave(self) -> None:
         """Leave the run as it is if it can be resumed, else end it with what came."""
-        if self._checkpoint_path is None:
+        if self._checkpoints is None:
             self._break_off("abort", self._source.position())
         elif self._run is not None:
-            self._offer(self._run)
+            if not self._partials:
+                self._offer(self._run, self._run.ledger.next_frame)
             self._save(self._source.position())
-
-
-def _results(run: _Run, *, final: bool) -> list[Result]:
-    arrays = [(operator.name, operator.result()) for operator in run.operators]
-    return [
-        Result(
-            run=run.start.run,
-            region=run.start.region,
-            operator=name,
-            n_frames=run.ledger.next_frame,
-            final=final,
-            arrays=result,
-        )
-        for name, result in [*arrays, ("ledger", run.ledger.arrays())]
-    ]
 
 
 def _warn_seldom(n: int, text: str, *values: object) -> None:

@@ -36,7 +36,8 @@ class Operator(Protocol):
     """Something computed from frames as they come.
 
     push(a); push(b) equals push(a then b); restore(snapshot()) equals the original; merge over disjoint pixels equals
-    the whole frames; result() changes nothing. All of them bit for bit: tests/test_operator_laws.py.
+    the whole frames, also of what was restored from partial(); result() changes nothing. All of them bit for bit:
+    tests/test_operator_laws.py.
     """
 
     name: str
@@ -58,8 +59,14 @@ class Operator(Protocol):
         It may still be being copied: then reading it waits, and so does a push that would change what is not copied.
         """
 
+    def partial(self, n_frames: int) -> Arrays:
+        """Return what `merge` needs, after n_frames: frames before that one that were not pushed are missing for good.
+
+        It does not change with later pushes either, and is much smaller than the whole state where that is large.
+        """
+
     def restore(self, state: Arrays) -> None:
-        """Take over a `snapshot`.
+        """Take over a `snapshot`, or a `partial`: then nothing can be pushed afterwards.
 
         Raises
         ------

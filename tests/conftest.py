@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, settings
 
 from stream.messages import Events, FrameBatch, RunStart
 from stream.operators.roimap import RoiMap
+from tests import kafka
 
 # Kernels compile on their first call, which hypothesis would take for a slow example.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=30)
@@ -22,6 +23,18 @@ def shared_data():
     if not path.is_dir():
         pytest.skip(f"the real recordings are not at {path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory):
+    """A Kafka broker of this machine."""
+    with kafka.started(tmp_path_factory.mktemp("kafka")) as broker:
+        yield broker
+
+
+@pytest.fixture
+def topic(broker):
+    return kafka.new_topic(broker)
 
 
 @pytest.fixture

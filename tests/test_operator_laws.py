@@ -127,6 +127,30 @@ def test_regions_merge_into_the_whole_detector(make, stream, row):
 
 
 @every_operator
+@given(stream=streams(), row=st.integers(1, SHAPE[0] - 1), missing=st.sampled_from([0, 0, 1, 300]))
+def test_partial_sums_of_regions_merge_into_the_whole_detector_and_the_regions_go_on(make, stream, row, missing):
+    start, frames, spans = stream
+    n_frames = spans[-1][1] + missing
+    changes = {"dtype": start.dtype, "saturation_value": start.saturation_value, "detector_shape": SHAPE}
+    upper = make_start((row, SHAPE[1]), **changes)
+    lower = make_start((SHAPE[0] - row, SHAPE[1]), origin=(row, 0), **changes)
+    restored = []
+    for region, rows in ((upper, slice(0, row)), (lower, slice(row, None))):
+        part = frames[:, rows]
+        operator = push(make(region, ROIMAP), part, spans)
+        restored.append(make(region, ROIMAP))
+        restored[-1].restore(operator.partial(n_frames))
+        again = part[slice(*spans[0])]
+        operator.push(FrameBatch(run="run-1", first=n_frames, frames=again, timestamp_ns=0))
+        assert operator.n_frames == n_frames + len(again)
+    restored[1].merge(restored[0])
+    whole = push(make(start, ROIMAP), frames, spans)
+    if missing:
+        whole.restore(whole.partial(n_frames))
+    assert_same(restored[1].result(), whole.result())
+
+
+@every_operator
 @given(seed=st.integers(0, 99))
 def test_regions_that_lost_different_frames_merge(make, seed):
     """Every bin lies in one region, so that each static bin must come out as in that region alone."""

@@ -226,8 +226,8 @@ def test_a_final_result_that_is_refused_is_an_error_and_delivered_by_a_restart(t
     refusing = ListSink(refuse=lambda output: isinstance(output, Result) and output.final)
     source = ListSource(RUN)
     with pytest.raises(SinkError, match="refused"):
-        Pipeline(source, operators, [refusing], checkpoint_path=path).run()
-    sink = process([], checkpoint_path=path)
+        Pipeline(source, operators, [refusing], checkpoints=checkpoint.File(path)).run()
+    sink = process([], checkpoints=checkpoint.File(path))
     assert_same_results(sink.results(final=True), process(RUN).results(final=True))
     assert isinstance(sink.outputs[-1], RunStop)
 
@@ -245,8 +245,8 @@ def test_a_sink_that_refuses_the_start_does_not_lose_the_run_of_a_live_source(tm
     path = tmp_path / "checkpoint"
     refusing = ListSink(refuse=lambda output: isinstance(output, RunStart))
     with pytest.raises(SinkError, match="refused"):
-        process(RUN, sinks=[refusing], source=LiveSource, checkpoint_path=path)
-    sink = process(RUN[1:], source=LiveSource, checkpoint_path=path)
+        process(RUN, sinks=[refusing], source=LiveSource, checkpoints=checkpoint.File(path))
+    sink = process(RUN[1:], source=LiveSource, checkpoints=checkpoint.File(path))
     assert_same_results(sink.results(final=True), process(RUN).results(final=True))
     assert isinstance(sink.outputs[0], RunStart)
 
@@ -260,8 +260,8 @@ def test_a_source_of_which_nothing_can_be_read_is_an_error():
 
 
 def test_a_source_that_was_done_before_is_said_to_be(tmp_path, caplog):
-    process(RUN, checkpoint_path=tmp_path / "checkpoint")
-    process(RUN, checkpoint_path=tmp_path / "checkpoint")
+    process(RUN, checkpoints=checkpoint.File(tmp_path / "checkpoint"))
+    process(RUN, checkpoints=checkpoint.File(tmp_path / "checkpoint"))
     assert f"nothing is left to do after {tmp_path / 'checkpoint'}" in caplog.text
 
 
@@ -285,11 +285,11 @@ def test_killed_at_any_message_and_resumed_the_result_is_bit_identical(tmp_path,
             ListSource([*RUN[:at], killed]),
             operators,
             [first],
-            checkpoint_path=path,
+            checkpoints=checkpoint.File(path),
             checkpoint_every=0,
             publish_every=0,
         ).run()
-    second = process(RUN, checkpoint_path=path)
+    second = process(RUN, checkpoints=checkpoint.File(path))
     delivered = first.results(final=True) | second.results(final=True)
     assert_same_results(delivered, process(RUN).results(final=True))
 
@@ -322,9 +322,9 @@ def test_killed_at_any_step_of_two_runs_of_which_one_end_was_lost_both_are_deliv
     first = ListSink(refuse=lambda output: step())
     monkeypatch.setattr(checkpoint, "save", counted_save)
     with contextlib.suppress(Killed):
-        process(TWO_RUNS, sinks=[first], checkpoint_path=path, checkpoint_every=0)
+        process(TWO_RUNS, sinks=[first], checkpoints=checkpoint.File(path), checkpoint_every=0)
     monkeypatch.setattr(checkpoint, "save", save)
-    second = process(TWO_RUNS, checkpoint_path=path)
+    second = process(TWO_RUNS, checkpoints=checkpoint.File(path))
     delivered = first.results(final=True) | second.results(final=True)
     assert_same_results(delivered, process(TWO_RUNS).results(final=True))
 
@@ -332,8 +332,10 @@ def test_killed_at_any_step_of_two_runs_of_which_one_end_was_lost_both_are_deliv
 def test_killed_between_checkpoints_the_source_replays_what_was_not_saved(tmp_path):
     path = tmp_path / "checkpoint"
     with pytest.raises(Killed):
-        Pipeline(ListSource([*RUN[:4], killed]), operators, [], checkpoint_path=path, checkpoint_every=1e9).run()
-    sink = process(RUN, checkpoint_path=path)
+        Pipeline(
+            ListSource([*RUN[:4], killed]), operators, [], checkpoints=checkpoint.File(path), checkpoint_every=1e9
+        ).run()
+    sink = process(RUN, checkpoints=checkpoint.File(path))
     assert_same_results(sink.results(final=True), process(RUN).results(final=True))
 
 
@@ -347,7 +349,9 @@ def test_frames_are_taken_while_a_checkpoint_is_written(tmp_path, monkeypatch):
         written.append(state)
 
     monkeypatch.setattr(checkpoint, "save", slow_save)
-    sink = process([*RUN[:-1], taken.set, RUN[-1]], checkpoint_path=tmp_path / "checkpoint", checkpoint_every=1e-9)
+    sink = process(
+        [*RUN[:-1], taken.set, RUN[-1]], checkpoints=checkpoint.File(tmp_path / "checkpoint"), checkpoint_every=1e-9
+    )
     assert_same_results(sink.results(final=True), process(RUN).results(final=True))
     assert len(written) > 3
 
@@ -364,14 +368,16 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_while_the_run_is_on(tmp
     monkeypatch.setattr(checkpoint, "save", failing_save)
     messages = [*RUN[:2], lambda: failed.wait(30), *RUN[2:5]]
     with pytest.raises(CheckpointError, match="no space left"):
-        process(messages, checkpoint_path=tmp_path / "checkpoint", checkpoint_every=1e-9)
+        process(messages, checkpoints=checkpoint.File(tmp_path / "checkpoint"), checkpoint_every=1e-9)
 
 
 def test_without_a_way_back_what_came_meanwhile_is_counted_as_lost(tmp_path):
     path = tmp_path / "checkpoint"
     with pytest.raises(Killed):
-        Pipeline(LiveSource([*RUN[:3], killed]), operators, [], checkpoint_path=path, checkpoint_every=0).run()
-    sink = process([RUN[5], stop()], source=LiveSource, checkpoint_path=path)
+        Pipeline(
+            LiveSource([*RUN[:3], killed]), operators, [], checkpoints=checkpoint.File(path), checkpoint_every=0
+        ).run()
+    sink = process([RUN[5], stop()], source=LiveSource, checkpoints=checkpoint.File(path))
     counts = ledger(sink)
     assert (counts["sent"], counts["received"], counts["lost"]) == (60, 36, 24)
 
@@ -379,17 +385,17 @@ def test_without_a_way_back_what_came_meanwhile_is_counted_as_lost(tmp_path):
 def test_told_to_stop_it_leaves_a_run_that_can_be_resumed(tmp_path):
     path, event = tmp_path / "checkpoint", threading.Event()
     messages = [*RUN[:3], lambda: event.set(), *RUN[3:]]
-    first = process(messages, checkpoint_path=path, stop=event)
+    first = process(messages, checkpoints=checkpoint.File(path), stop=event)
     assert not first.results(final=True)
     assert first.results(final=False)["run-1", "ledger"]["received"] == 24
-    second = process(messages, checkpoint_path=path)
+    second = process(messages, checkpoints=checkpoint.File(path))
     assert_same_results(second.results(final=True), process(RUN).results(final=True))
 
 
 def test_told_to_stop_what_a_live_source_holds_is_taken_first(tmp_path):
     path, event = tmp_path / "checkpoint", threading.Event()
     event.set()
-    first = process([*RUN[:4], None, *RUN[4:]], source=LiveSource, checkpoint_path=path, stop=event)
+    first = process([*RUN[:4], None, *RUN[4:]], source=LiveSource, checkpoints=checkpoint.File(path), stop=event)
     assert first.results(final=False)["run-1", "ledger"]["received"] == 36
 
 
@@ -414,8 +420,8 @@ def test_a_transport_that_is_gone_is_an_error_and_what_came_is_delivered():
 
 
 def test_a_finished_run_is_not_done_again(tmp_path):
-    process(RUN, checkpoint_path=tmp_path / "checkpoint")
-    assert process(RUN, checkpoint_path=tmp_path / "checkpoint").outputs == []
+    process(RUN, checkpoints=checkpoint.File(tmp_path / "checkpoint"))
+    assert process(RUN, checkpoints=checkpoint.File(tmp_path / "checkpoint")).outputs == []
 
 
 # Damaged checkpoints
@@ -423,7 +429,7 @@ def test_a_finished_run_is_not_done_again(tmp_path):
 
 def saved(tmp_path):
     path, event = tmp_path / "checkpoint", threading.Event()
-    process([*RUN[:3], lambda: event.set()], checkpoint_path=path, stop=event)
+    process([*RUN[:3], lambda: event.set()], checkpoints=checkpoint.File(path), stop=event)
     return path
 
 
@@ -434,7 +440,7 @@ def test_a_checkpoint_with_one_wrong_bit_is_refused(tmp_path, where):
     content[int(where * len(content)) if isinstance(where, float) else where] ^= 4
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="damaged"):
-        process(RUN, checkpoint_path=path)
+        process(RUN, checkpoints=checkpoint.File(path))
 
 
 @pytest.mark.parametrize("length", [0, 10, 33, 100, -1])
@@ -442,7 +448,7 @@ def test_a_checkpoint_that_is_cut_short_is_refused(tmp_path, length):
     path = saved(tmp_path)
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(CheckpointError, match=str(path)):
-        process(RUN, checkpoint_path=path)
+        process(RUN, checkpoints=checkpoint.File(path))
 
 
 def test_a_checkpoint_of_other_roi_maps_is_refused(tmp_path):
@@ -452,31 +458,33 @@ def test_a_checkpoint_of_other_roi_maps_is_refused(tmp_path):
             ListSource(RUN),
             lambda start: [MultiTau(start, other), Scattering(start, other), Intensity(start, other)],
             [],
-            checkpoint_path=saved(tmp_path),
+            checkpoints=checkpoint.File(saved(tmp_path)),
         ).run()
 
 
 def test_a_checkpoint_of_other_operators_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="made with multitau, scattering, intensity, not with intensity"):
-        Pipeline(ListSource(RUN), lambda start: [Intensity(start, ROIMAP)], [], checkpoint_path=saved(tmp_path)).run()
+        Pipeline(
+            ListSource(RUN), lambda start: [Intensity(start, ROIMAP)], [], checkpoints=checkpoint.File(saved(tmp_path))
+        ).run()
 
 
 def test_an_open_run_of_another_source_is_refused(tmp_path):
     path = saved(tmp_path)
     with pytest.raises(CheckpointError, match="run run-1 in it is of another source"):
-        process(RUN, source=LiveSource, checkpoint_path=path)
+        process(RUN, source=LiveSource, checkpoints=checkpoint.File(path))
 
 
 def test_after_a_finished_run_another_source_begins_at_its_beginning(tmp_path):
     path = tmp_path / "checkpoint"
-    process(RUN, checkpoint_path=path)
-    sink = process(RUN, source=LiveSource, checkpoint_path=path)
+    process(RUN, checkpoints=checkpoint.File(path))
+    sink = process(RUN, source=LiveSource, checkpoints=checkpoint.File(path))
     assert_same_results(sink.results(final=True), process(RUN).results(final=True))
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_error_that_names_it(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
-        process(RUN, checkpoint_path=tmp_path / "nowhere" / "checkpoint")
+        process(RUN, checkpoints=checkpoint.File(tmp_path / "nowhere" / "checkpoint"))
 
 
 # What anyone may send
@@ -501,7 +509,7 @@ def test_after_a_malformed_message_good_frames_still_count(name, parts, said, ca
 def test_a_restart_tells_when_the_run_was_first_announced(tmp_path):
     path, event = tmp_path / "checkpoint", threading.Event()
     messages = [*RUN[:3], lambda: event.set(), *RUN[3:]]
-    first = process(messages, checkpoint_path=path, stop=event)
-    second = process(messages, checkpoint_path=path)
+    first = process(messages, checkpoints=checkpoint.File(path), stop=event)
+    second = process(messages, checkpoints=checkpoint.File(path))
     assert datetime.fromisoformat(first.outputs[0].metadata["announced"]) <= datetime.now(UTC)
     assert second.outputs[0].metadata == first.outputs[0].metadata

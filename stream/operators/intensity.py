@@ -87,6 +87,12 @@ class Intensity:
             "intervals": self._intervals.sums.copy(),
         }
 
+    def partial(self, n_frames: int) -> Arrays:
+        """Return the state after n_frames; see `stream.protocols.Operator`."""
+        self._intervals.reach(n_frames)
+        self.n_frames = n_frames
+        return self.snapshot()
+
     def restore(self, state: Arrays) -> None:
         """Take over a state; see `stream.protocols.Operator`."""
         check_identity(self.name, state, identity(self._start, self._roimap))

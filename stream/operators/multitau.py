@@ -404,29 +404,36 @@ class MultiTau:
 
     def _state(self, n_frames: int) -> Arrays:
         n_level = min(self._levels, n_frames.bit_length())
+        return {
+            **self._sums_alone(n_frames),
+            "live": self._region.live.copy(),
+            **saved_planes(self._history, self._d, n_level),
+        }
+
+    def _sums_alone(self, n_frames: int) -> Arrays:
+        n_level = min(self._levels, n_frames.bit_length())
         n_delay = (n_level + 1) * self._d if n_level else 0
         totals = zip(("G2", "IP", "IF", "N"), self._totals(), strict=True)
         return {
             **self._identity(),
             "n_frames": np.array(n_frames),
-            "live": self._region.live.copy(),
-            **saved_planes(self._history, self._d, n_level),
             "weights": self._last_weights[:n_level].copy(),
             "pairs": self._pairs[:n_level].copy(),
             **{name: total[:, :n_delay].copy() for name, total in totals},
         }
+
+    def partial(self, n_frames: int) -> Arrays:
+        """Return the sums alone; see `stream.protocols.Operator`."""
+        self._miss(n_frames)
+        self._fold()
+        return self._sums_alone(n_frames)
 
     def restore(self, state: Arrays) -> None:
         """Take over a state; see `stream.protocols.Operator`."""
         check_identity(self.name, state, self._identity())
         self._let_copy()
         self.n_frames = self._unbroken = int(state["n_frames"])
-        self._merged = False
         self._let_go()
-        self._region.live[:] = state["live"]
-        inside = self._bins[self._region.live > 0]
-        self._alive = np.bincount(inside, minlength=len(self._static_of_bin))
-        restore_planes(self._history, self._d, state)
         n_level = len(state["weights"])
         self._last_weights[:] = 0
         self._last_weights[:n_level] = state["weights"]
@@ -437,6 +444,12 @@ class MultiTau:
             whole = np.zeros(self._N_left.shape, np.int64)
             whole[:, : state[name].shape[1]] = state[name]
             totals.append(whole)
+        self._merged = "live" not in state
+        self._alive = np.zeros(len(self._static_of_bin), np.int64)
+        if not self._merged:
+            self._region.live[:] = state["live"]
+            self._alive = np.bincount(self._bins[self._region.live > 0], minlength=len(self._alive))
+            restore_planes(self._history, self._d, state)
         # The pairs that live pixels have are counted anew from their number.
         here = np.zeros_like(totals[3])
         kernel.outer(_by_delay(self._pairs, self._d), self._alive, here)

@@ -134,6 +134,13 @@ class Scattering:
             "pixel_frames": self._pixel_frames.sums.copy(),
         }
 
+    def partial(self, n_frames: int) -> Arrays:
+        """Return the state after n_frames; see `stream.protocols.Operator`."""
+        for segments in (self._counts, self._pixel_frames):
+            segments.reach(n_frames)
+        self.n_frames = n_frames
+        return self.snapshot()
+
     def restore(self, state: Arrays) -> None:
         """Take over a state; see `stream.protocols.Operator`."""
         check_identity(self.name, state, identity(self._start, self._roimap))
