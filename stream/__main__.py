@@ -246,7 +246,7 @@ def _correlate(configuration: "Configuration", runs: int | None, console: Consol
         sinks = [stack.enter_context(sink_of(text, configuration, roimap, console, typer.echo)) for text in texts]
         # A detector that waits for a receiver must find one that is ready.
         compile_kernels(make, roimap, lambda text: typer.echo(text, err=True))
-        source = stack.enter_context(source_of(configuration.source))
+        source = stack.enter_context(source_of(configuration.source, photons=True))
         typer.echo(f"taking frames from {configuration.source.address}", err=True)
         Pipeline(
             source,

@@ -110,24 +110,24 @@ def _every_kind(start: RunStart) -> Iterator[FrameBatch]:
     yield FrameBatch(run="", first=1 << 20, frames=events, timestamp_ns=0)
 
 
-def source_of(section: SourceSection) -> Source:
-    """Open where frames come from."""
+def source_of(section: SourceSection, *, photons: bool = False) -> Source:
+    """Open where frames come from; `photons`: dim ones may come as `stream.messages.Events`, for operators only."""
     where, options = address(section.address), section.options()
     match where.transport:
         case "dectris":
-            return DectrisSource(where.target, **options)
+            return DectrisSource(where.target, **options, photons=photons)
         case "zmq":
             return ZmqSource(where.target, **options)
         case "hdf5":
             if "metadata" in options:
                 options["metadata"] = Path(options["metadata"])
-            return Hdf5Source(there(Path(where.target)), **options)
+            return Hdf5Source(there(Path(where.target)), **options, photons=photons)
         case "rigaku":
             if "metadata" in options:
                 options["metadata"] = Path(options["metadata"])
             return RigakuSource(there(Path(where.target)), **options)
         case "recording":
-            return RecordingSource(there(Path(where.target)), **options)
+            return RecordingSource(there(Path(where.target)), **options, photons=photons)
 
 
 def frames_of(text: str, batch: int | None, frame_time: float | None, otherwise: float | None = None) -> Source:

@@ -19,7 +19,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -279,7 +279,7 @@ class Pipeline:
         self._publish_due = time.monotonic() + self._publish_every
         # A source that cannot go back will not send the start of the run again.
         self._save(self._source.position())
-        self._deliver([start])
+        deliver([start], self._sinks)
 
     def _push(self, run: _Run, batch: FrameBatch) -> None:
         if (wrong := run.misfit(batch)) is not None:
@@ -325,7 +325,7 @@ class Pipeline:
     def _end(self, run: _Run, stop: RunStop, position: Position) -> None:
         run.stop = stop
         self._save(position)
-        self._deliver([*run.results(run.ledger.next_frame, final=True, partials=self._partials), stop])
+        deliver([*run.results(run.ledger.next_frame, final=True, partials=self._partials), stop], self._sinks)
         self._run = None
         self._runs_ended += 1
         self._save(position)
@@ -335,28 +335,8 @@ class Pipeline:
         if self._runs_left is not None:
             self._runs_left -= 1
 
-    def _deliver(self, outputs: Sequence[Output]) -> None:
-        """Bring outputs that must arrive to every sink, also when one of them fails."""
-        failed: SinkError | None = None
-        for sink in self._sinks:
-            try:
-                for output in outputs:
-                    sink.write(output)
-                sink.flush()
-            except SinkError as error:
-                _log.warning("%s", error)
-                failed = failed or error
-        if failed is not None:
-            raise failed
-
     def _offer(self, run: _Run, n_frames: int) -> None:
-        """Give interim results to the sinks, which may drop them."""
-        for result in run.results(n_frames, final=False, partials=self._partials):
-            for sink in self._sinks:
-                try:
-                    sink.write(result)
-                except SinkError as error:
-                    _log.warning("an interim result of %s was dropped: %s", result.operator, error)
+        offer(run.results(n_frames, final=False, partials=self._partials), self._sinks)
 
     def _keep_time(self) -> None:
         now = time.monotonic()
@@ -425,7 +405,7 @@ class Pipeline:
             operator.restore(saved.operators[operator.name])
         _log.warning("run %s goes on at frame %d", saved.start.run, run.ledger.next_frame)
         self._run = run
-        self._deliver([saved.start])
+        deliver([saved.start], self._sinks)
         if run.stop is not None:
             self._end(run, run.stop, self._source.position())
 
@@ -437,6 +417,37 @@ class Pipeline:
             if not self._partials:
                 self._offer(self._run, self._run.ledger.next_frame)
             self._save(self._source.position())
+
+
+def deliver(outputs: Sequence[Output], sinks: Sequence[Sink]) -> None:
+    """Bring outputs that must arrive to every sink, also when one of them fails.
+
+    Raises
+    ------
+    SinkError
+        Of the first that failed.
+    """
+    failed: SinkError | None = None
+    for sink in sinks:
+        try:
+            for output in outputs:
+                sink.write(output)
+            sink.flush()
+        except SinkError as error:
+            _log.warning("%s", error)
+            failed = failed or error
+    if failed is not None:
+        raise failed
+
+
+def offer(results: Iterable[Result], sinks: Sequence[Sink]) -> None:
+    """Give interim results to the sinks, which may drop them."""
+    for result in results:
+        for sink in sinks:
+            try:
+                sink.write(result)
+            except SinkError as error:
+                _log.warning("an interim result of %s was dropped: %s", result.operator, error)
 
 
 def _warn_seldom(n: int, text: str, *values: object) -> None:

@@ -22,13 +22,14 @@ from dectris.compression import decompress
 from stream import wire
 from stream.errors import ConfigError, NotSeekable, SinkError, SourceError
 from stream.ingest.dectris import LATENCY, DectrisDecoder, DectrisSource
-from stream.messages import FrameBatch, Rejected, RunStart, RunStop
+from stream.messages import Events, FrameBatch, Rejected, RunStart, RunStop
+from stream.operators.multitau import MultiTau
 from stream.sinks import dectris_v1, dectris_v2
 from stream.sinks.dectris import DectrisSink
 from stream.sinks.dectris_image import CompressedImage, Compressor
 from stream.sinks.faults import Faults
 from tests import dectris_hostile as hostile
-from tests.conftest import events_of
+from tests.conftest import events_of, make_roimap
 
 RECORDINGS = [(1, "eiger1m_stream_v1.cbors.xz", 9), (2, "eiger1m_stream_v2.cbors.xz", 10)]
 ARMED = "2026-03-01T12:00:00.250000+00:00"
@@ -105,7 +106,9 @@ def decode(messages, **options):
 
 def kept(message):
     """Copy frames, which are valid until the next message only."""
-    return replace(message, frames=message.frames.copy()) if isinstance(message, FrameBatch) else message
+    if isinstance(message, FrameBatch) and not isinstance(message.frames, Events):
+        return replace(message, frames=message.frames.copy())
+    return message
 
 
 def shown(message):
@@ -116,7 +119,20 @@ def shown(message):
 
 
 def frames_of(messages):
-    return np.concatenate([message.frames for message in messages if isinstance(message, FrameBatch)])
+    return np.concatenate([rows(message.frames) for message in messages if isinstance(message, FrameBatch)])
+
+
+def rows(frames):
+    return frames.dense() if isinstance(frames, Events) else frames
+
+
+def marked_once(frames, batch):
+    """Pixels that are masked in the first frame of a batch are dark in its others, if they come as events."""
+    once = frames.copy()
+    for i in range(len(frames)):
+        if i % batch:
+            once[i, frames[i - i % batch] == np.iinfo(frames.dtype).max] = 0
+    return once
 
 
 def numbers_of(messages):
@@ -167,11 +183,14 @@ def test_a_real_recording_decodes_to_the_counts_that_hdf5_reads(shared_data, ver
         chunks = [fields["data"]["threshold_1"].value[1].value.value[2] for fields in images]
 
     decoded = decode(messages, batch=4)
+    dim = decode(messages, batch=4, photons=True)
 
     assert not [message for message in decoded if isinstance(message, Rejected)]
     assert numbers_of(decoded) == list(range(n))
     expected = np.stack([read_by_hdf5(chunk, (1065, 1030), "<u4") for chunk in chunks])
     np.testing.assert_array_equal(frames_of(decoded), expected)
+    assert {type(message.frames) for message in dim if isinstance(message, FrameBatch)} == {Events}
+    np.testing.assert_array_equal(frames_of(dim), marked_once(expected, 4))
 
 
 def test_a_real_v1_header_is_understood(shared_data):
@@ -350,6 +369,113 @@ def test_pixels_that_v2_left_to_us_to_mask_have_the_largest_value(applied, expec
     start = hostile.v2_start(pixel_mask=mask, pixel_mask_enabled=applied)
     _, frames = decode([start, hostile.v2_image(np.ones(6, "<u2").tobytes())])
     assert frames.frames.ravel().tolist() == expected
+
+
+DIM = (67, 131)
+DIM_START = replace(START, shape=DIM, metadata={**METADATA, "n_frames": 200})
+
+
+def dim(n=200, mean=0.01, dtype="<u2"):
+    """Frames of few photons, with gaps, a pixel that overflows in frame 90 and some brighter ones from frame 120 on."""
+    frames = np.random.default_rng(3).poisson(mean, (n, *DIM)).astype(dtype)
+    frames[:, 20:24] = np.iinfo(dtype).max
+    frames[90:91, 50, 60] = np.iinfo(dtype).max
+    frames[120:130, 5, 6:9] = 300, 1, 7
+    return frames
+
+
+def g2_of(messages, start):
+    multitau = MultiTau(start, make_roimap(DIM))
+    for message in messages:
+        if isinstance(message, FrameBatch):
+            multitau.push(message)
+    return multitau.result()
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_dim_stream_comes_as_events_that_end_in_the_g2_of_its_frames(version, dtype):
+    frames = dim(dtype=dtype)
+    start = replace(DIM_START, dtype=dtype, saturation_value=np.iinfo(dtype).max - 1)
+    with (
+        DectrisSink("tcp://127.0.0.1:*", version=version, timeout=10) as sink,
+        DectrisSource(sink.address, photons=True) as source,
+    ):
+        stream, messages = iter(source), []
+        sink.write(start)
+        for i in range(0, 200, 20):  # fewer than the sockets hold
+            sink.write(batch(frames[i : i + 20], first=i))
+            messages += receive(stream, until=FrameBatch)
+        sink.write(replace(STOP, n_frames=200))
+        messages += receive(stream)
+    assert numbers_of(messages) == list(range(200))
+    assert {type(message.frames) for message in messages if isinstance(message, FrameBatch)} == {Events}
+    expected = g2_of([batch(frames)], start)
+    assert np.isfinite(expected["g2"]).any()
+    for name, array in g2_of(messages, start).items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_every_batch_of_events_tells_the_masked_pixels_in_its_first_frame(version, size):
+    frames = dim(20)
+    decoded = decode([start_message(version, DIM_START), *image_messages(version, frames)], batch=size, photons=True)
+    np.testing.assert_array_equal(frames_of(decoded), marked_once(frames, size))
+
+
+def test_pixels_left_to_us_to_mask_are_told_in_the_first_frame_of_a_batch_of_events():
+    mask = np.zeros(DIM, "<u4")
+    mask[3, 4:90] = 1
+    start = hostile.v2_start(
+        pixel_mask={"threshold_1": CBORTag(40, [list(DIM), CBORTag(70, mask.tobytes())])},
+        pixel_mask_enabled=False,
+        series_unique_id="series-1",
+        number_of_images=20,
+    )
+    frames = dim(20)
+    decoded = decode([start, *image_messages(2, frames)], batch=8, photons=True)
+    frames[:, mask != 0] = 65535
+    assert isinstance(decoded[1].frames, Events)
+    np.testing.assert_array_equal(frames_of(decoded), marked_once(frames, 8))
+
+
+def test_images_of_another_shape_than_the_mask_are_not_masked():
+    mask = {"threshold_1": CBORTag(40, [[2, 3], CBORTag(70, MASK.tobytes())])}
+    start = hostile.v2_start(pixel_mask=mask, pixel_mask_enabled=False)
+    small = hostile.v2_image(bytes(2), shape=(1, 1), image_id=1)
+    _, _, frames = decode([start, hostile.v2_image(), small])
+    assert frames.frames.tolist() == [[[0]]]
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-9], lambda data: data + b"x", lambda data: data[:30] * 20])
+def test_a_damaged_image_between_dim_ones_is_refused_by_name_and_only_it_is_lost(change):
+    frames = dim(9)
+    images = image_messages(1, frames)
+    described = json.loads(images[4][1])
+    images[4][2] = change(bytes(images[4][2]))
+    images[4][1] = json.dumps(described | {"size": len(images[4][2])}).encode()
+    decoded = decode([start_message(1, DIM_START), *images], photons=True)
+    [rejected] = [message for message in decoded if isinstance(message, Rejected)]
+    assert rejected.reason.startswith("image 4 of series-1: bslz4: ")
+    assert [(m.first, len(m.frames)) for m in decoded if isinstance(m, FrameBatch)] == [(0, 4), (5, 4)]
+    expected = np.concatenate([marked_once(frames[:4], 4), marked_once(frames[5:], 4)])
+    np.testing.assert_array_equal(frames_of(decoded), expected)
+
+
+def test_frames_come_as_they_are_where_nobody_asked_for_photons():
+    frames = dim(20)
+    [_, rows] = decode([start_message(2, DIM_START), *image_messages(2, frames)])
+    np.testing.assert_array_equal(rows.frames, frames)
+
+
+def test_a_stream_that_brightens_goes_on_as_rows_from_the_next_batch_on():
+    frames = np.concatenate([dim(12), dim(12, mean=0.2), dim(12, mean=0.022), dim(12)])
+    decoded = decode([start_message(2, DIM_START), *image_messages(2, frames)], batch=8, photons=True)
+    is_events = [isinstance(message.frames, Events) for message in decoded[1:]]
+    assert is_events == [True, True, False, False, False, True]
+    expected = np.concatenate([marked_once(frames[:16], 8), frames[16:40], marked_once(frames[40:], 8)])
+    np.testing.assert_array_equal(frames_of(decoded), expected)
 
 
 def test_geometry_that_is_not_finite_is_left_out_with_a_warning(caplog):

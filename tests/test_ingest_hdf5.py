@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from stream.errors import ConfigError, SourceError
 from stream.ingest.dectris import DectrisDecoder
 from stream.ingest.hdf5 import Hdf5Source
-from stream.messages import FrameBatch, Rejected, RunStart, RunStop
+from stream.messages import Events, FrameBatch, Rejected, RunStart, RunStop
+from stream.operators.multitau import MultiTau
 from tests import dectris_hostile as dectris
+from tests.conftest import make_roimap
 
 FRAMES = np.random.default_rng(7).poisson(3, (23, 6, 5)).astype("<u2")
 BSLZ4 = hdf5plugin.Bitshuffle(cname="lz4")
@@ -232,11 +234,11 @@ def test_a_damaged_chunk_of_many_frames_loses_just_those(tmp_path):
     assert "frames 8 to 11:" in rejected(path)[0]
 
 
-@pytest.mark.parametrize("tile", [(1, 6, 5), (2, 6, 5), (2, 3, 5)])
-def test_frames_that_were_never_written_are_lost_rather_than_zero(tmp_path, tile):
+@pytest.mark.parametrize(("tile", "storage"), [(FRAME, {}), (FRAME, BSLZ4), ((2, 6, 5), {}), ((2, 3, 5), {})])
+def test_frames_that_were_never_written_are_lost_rather_than_zero(tmp_path, tile, storage):
     path = tmp_path / "x.h5"
     with h5py.File(path, "w") as file:
-        dataset = file.create_dataset("entry/data/data", FRAMES.shape, "<u2", chunks=tile)
+        dataset = file.create_dataset("entry/data/data", FRAMES.shape, "<u2", chunks=tile, **storage)
         dataset[:8] = FRAMES[:8]
         dataset[10:] = FRAMES[10:]
     assert [(first, len(frames)) for first, frames in batches(path, frame_time=1)] == [(0, 8), (10, 13)]
@@ -412,6 +414,124 @@ def test_a_mask_that_does_not_fit_the_frames_is_not_applied_and_that_is_said(tmp
     path = write_masked(tmp_path / "x.h5", mask=mask)
     np.testing.assert_array_equal(frames_of(path), FRAMES)
     assert "does not fit frames (6, 5): not applied" in caplog.text
+
+
+# Few photons
+
+
+DIM = (67, 131)
+SATURATED = 1000
+
+
+def dim(dtype="<u2", n=100):
+    """Frames of few photons, with a gap, a pixel at the limit and one that overflows in frame 50."""
+    frames = np.random.default_rng(5).poisson(0.01, (n, *DIM)).astype(dtype)
+    frames[:, 20:24] = np.iinfo(dtype).max
+    frames[50:51, 50, 60] = SATURATED + 1
+    frames[:, 50, 61] = SATURATED
+    return frames
+
+
+def write_dim(path, frames, stated=SATURATED):
+    fields = [("entry/instrument/detector/frame_time", 0.01)]
+    fields += [] if stated is None else [("entry/instrument/detector/saturation_value", stated)]
+    return write(path, frames, fields, chunks=(1, *DIM), **BSLZ4)
+
+
+def events_of(path, **options):
+    """First frame and events of each batch; nothing else comes."""
+    with Hdf5Source(path, photons=True, **options) as source:
+        found = [(m.first, m.frames) for m in source if isinstance(m, FrameBatch)]
+    assert {type(frames) for _, frames in found} == {Events}
+    return found
+
+
+def marked_once(frames, above=SATURATED):
+    """Pixels that are masked in the first frame are dark in the others."""
+    once = frames.copy()
+    once[1:, frames[0] > above] = 0
+    return once
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4", "<i2", "<i4"])
+def test_dim_frames_come_as_events_that_end_in_the_g2_of_the_frames(tmp_path, dtype):
+    frames = dim(dtype)
+    path = write_dim(tmp_path / "x.h5", frames)
+    rows = write(tmp_path / "rows.h5", frames, [("entry/instrument/detector/saturation_value", SATURATED)])
+    begun = start(path)
+
+    def g2(batches):
+        multitau = MultiTau(begun, make_roimap(DIM))
+        for first, part in batches:
+            multitau.push(FrameBatch(run=begun.run, first=first, frames=part, timestamp_ns=0))
+        return multitau.result()
+
+    expected = g2(batches(rows, frame_time=0.01))
+    assert np.isfinite(expected["g2"]).any()
+    for name, array in g2(events_of(path, batch=30)).items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+def test_every_batch_of_events_tells_the_masked_pixels_in_its_first_frame(tmp_path):
+    frames = dim()
+    found = events_of(write_dim(tmp_path / "x.h5", frames), batch=30)
+    assert [first for first, _ in found] == [0, 30, 60, 90]
+    for first, events in found:
+        np.testing.assert_array_equal(events.dense(), marked_once(frames[first : first + 30]))
+
+
+def test_where_a_file_states_no_largest_count_every_value_is_one(tmp_path):
+    frames = dim()
+    frames[:, 20:24] = 0
+    frames[:, 9, 9] = 65535
+    path = write_dim(tmp_path / "x.h5", frames, stated=None)
+    assert start(path).saturation_value is None
+    [(_, events)] = events_of(path, batch=100)
+    np.testing.assert_array_equal(events.dense(), frames)
+
+
+def test_dim_frames_that_an_eiger_left_to_us_to_mask_have_its_mask_in_the_first(tmp_path):
+    mask = np.zeros(DIM, "<u4")
+    mask[7, 8:30] = 1
+    frames = dim(n=10)
+    path = write_dim(tmp_path / "x.h5", frames, stated=None)
+    with h5py.File(path, "r+") as file:
+        file["entry/instrument/detector/detectorSpecific/nimages"] = 10
+        file[MASK_AT] = mask
+    frames[:, mask != 0] = 65535
+    [(_, events)] = events_of(path)
+    np.testing.assert_array_equal(events.dense(), marked_once(frames, 65534))
+
+
+def test_bad_frames_between_dim_ones_are_rejected_and_those_after_tell_the_masked_pixels_again(tmp_path):
+    frames = dim(n=30)
+    path = write_dim(tmp_path / "x.h5", frames)
+    with h5py.File(path, "r+") as file:
+        dataset = file["entry/data/data"]
+        dataset.id.write_direct_chunk((7, 0, 0), b"garbage")
+        chunk = dataset.id.read_direct_chunk((8, 0, 0))[1]
+        dataset.id.write_direct_chunk((8, 0, 0), chunk[:-3])
+        dataset.id.write_direct_chunk((20, 0, 0), frames[20].tobytes(), filter_mask=1)
+    found = events_of(path)
+    assert [(first, len(events)) for first, events in found] == [(0, 7), (9, 11), (20, 10)]
+    for first, events in found:
+        np.testing.assert_array_equal(events.dense(), marked_once(frames[first : first + len(events)]))
+    reasons = rejected(path, photons=True)
+    assert [reason.split(": ")[1] for reason in reasons] == ["frames 7 to 7", "frames 8 to 8"]
+
+
+def test_dim_frames_come_as_they_are_where_nobody_asked_for_photons(tmp_path):
+    np.testing.assert_array_equal(frames_of(write_dim(tmp_path / "x.h5", dim())), dim())
+
+
+def test_after_a_seek_into_dim_frames_the_rest_is_the_same(tmp_path):
+    frames = dim()
+    path = write_dim(tmp_path / "x.h5", frames)
+    with Hdf5Source(path, batch=30, photons=True) as source:
+        source.seek({f"{start(path).run}:frame": 45})
+        found = [(m.first, m.frames) for m in source if isinstance(m, FrameBatch)]
+    assert [first for first, _ in found] == [45, 60, 90]
+    np.testing.assert_array_equal(found[0][1].dense(), marked_once(frames[45:60]))
 
 
 @pytest.mark.parametrize("applied", [False, True])

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from stream.errors import DecodeError, NotSeekable, SourceError
 from stream.ingest import dectris_v1, dectris_v2
-from stream.ingest.dectris_messages import End, Image, Start
+from stream.ingest.dectris_messages import End, Image, Pixels, Start
+from stream.ingest.photons import Photons, is_dim
 from stream.messages import FrameBatch, Message, Position, Rejected, RunStart, RunStop
 from stream.wire import MAX_MESSAGE_BYTES, Buffer, one_line
 
@@ -33,10 +34,41 @@ class _Series:
     run: str
     start: Start | None = None
     """None: this process came later than the start message."""
-    announced: bool = False
+    announced: tuple[int, ...] | None = None
+    """The shape of images that its RunStart told."""
     last: int = -1
     masked: NDArray[np.intp] = field(default_factory=lambda: np.empty(0, np.intp))
     """Flat indices of the pixels that the detector left to us to mask."""
+
+
+class _Rows:
+    """Images that follow each other, pixel by pixel."""
+
+    def __init__(self, first: NDArray[np.unsignedinteger[Any]], masked: NDArray[np.intp], room: int) -> None:
+        self._buffer = np.empty((room, *first.shape), first.dtype)
+        self._masked = masked
+        self._n = 0
+        self._put(first)
+
+    def __len__(self) -> int:
+        return self._n
+
+    def fits(self, image: Pixels) -> bool:
+        return (image.shape, image.dtype) == (self._buffer.shape[1:], self._buffer.dtype.str)
+
+    def append(self, image: Pixels) -> None:
+        self._put(image.decompress())
+
+    def frames(self) -> NDArray[np.unsignedinteger[Any]]:
+        frames = self._buffer[: self._n]
+        frames.flags.writeable = False
+        return frames
+
+    def _put(self, counts: NDArray[np.unsignedinteger[Any]]) -> None:
+        frame = self._buffer[self._n]
+        frame[...] = counts
+        frame.reshape(-1)[self._masked] = np.iinfo(frame.dtype).max
+        self._n += 1
 
 
 @dataclass(slots=True)
@@ -44,7 +76,12 @@ class _OpenBatch:
     run: str
     first: int
     timestamp_ns: int
-    n: int = 0
+    images: _Rows | Photons
+    room: int
+
+    def goes_on_with(self, image: Image, pixels: Pixels) -> bool:
+        follows = (image.run, image.number) == (self.run, self.first + len(self.images))
+        return follows and self.images.fits(pixels)
 
 
 class DectrisDecoder:
@@ -66,15 +103,19 @@ class DectrisDecoder:
         that it sends, which is the first of its start message's `channels`.
     batch
         Frames in a FrameBatch, at most; fewer where they would be more than `MAX_BATCH_BYTES`.
+    photons
+        Let batches whose first image is dim come as `stream.messages.Events`, see `stream.ingest.photons`. For
+        operators only: others of a batch do not tell again which pixels are masked or overflown in its first image.
     """
 
-    def __init__(self, *, channel: str | None = None, batch: int = 64) -> None:
+    def __init__(self, *, channel: str | None = None, batch: int = 64, photons: bool = False) -> None:
         self._channel = channel
         self._batch = batch
+        self._photons = photons
         self._series: _Series | None = None
         self._clock: tuple[str, int] | None = None
         self._open: _OpenBatch | None = None
-        self._buffer: NDArray[Any] = np.empty((0, 0, 0), "|u1")
+        self._was_dim = True
 
     def feed(self, parts: Sequence[Buffer]) -> Iterator[Message]:
         """Take one ZeroMQ message. One that cannot be read becomes a Rejected."""
@@ -96,53 +137,56 @@ class DectrisDecoder:
         """Close the open batch: nothing came for a while."""
         if self._open is not None:
             closed, self._open = self._open, None
-            frames = self._buffer[: closed.n]
-            frames.flags.writeable = False
+            frames = closed.images.frames()
             yield FrameBatch(run=closed.run, first=closed.first, frames=frames, timestamp_ns=closed.timestamp_ns)
 
     def _take(self, image: Image) -> Iterator[Message]:
-        counts = self._select(image)
+        pixels = self._select(image)
         timestamp_ns = self._timestamp(image)
+        batch = self._open if self._open is not None and self._open.goes_on_with(image, pixels) else None
+        try:
+            if batch is None:
+                counts = pixels.decompress()
+            else:
+                batch.images.append(pixels)
+        except DecodeError as error:
+            raise DecodeError(f"image {image.number} of {image.run}: {error}") from None
         if self._series is None or (self._series.start is None and self._series.run != image.run):
             self._series = _Series(image.run)
-        batch = self._open
-        if batch is None or not self._continues(batch, image, counts):
+        series = self._series if self._series.run == image.run else _Series(image.run)
+        if batch is None:
             yield from self.idle()
-            if self._series.run == image.run:
-                yield from self._announce(self._series, counts)
-            batch = self._open = _OpenBatch(image.run, image.number, timestamp_ns)
-            capacity = min(self._batch, max(1, MAX_BATCH_BYTES // counts.nbytes))
-            self._buffer = np.empty((capacity, *counts.shape), counts.dtype)
-        frame = self._buffer[batch.n]
-        frame[...] = counts
-        batch.n += 1
-        if self._series.run == image.run:
-            self._series.last = max(self._series.last, image.number)
-            frame.reshape(-1)[self._series.masked] = np.iinfo(frame.dtype).max
-        if batch.n == len(self._buffer):
+            yield from self._announce(series, counts)
+            masked = series.masked if series.announced == counts.shape else series.masked[:0]
+            room = min(self._batch, max(1, MAX_BATCH_BYTES // counts.nbytes))
+            images = self._begin(pixels, counts, masked, room)
+            batch = self._open = _OpenBatch(image.run, image.number, timestamp_ns, images, room)
+        series.last = max(series.last, image.number)
+        if len(batch.images) == batch.room:
             yield from self.idle()
 
-    def _continues(self, batch: _OpenBatch, image: Image, counts: NDArray[Any]) -> bool:
-        return (batch.run, batch.first + batch.n) == (image.run, image.number) and self._fits(counts)
+    def _begin(
+        self, pixels: Pixels, counts: NDArray[np.unsignedinteger[Any]], masked: NDArray[np.intp], room: int
+    ) -> _Rows | Photons:
+        """Return the images of a batch, of which there is the first."""
+        limit = np.iinfo(counts.dtype).max - 1
+        self._was_dim = self._photons and is_dim(pixels, counts, limit, before=self._was_dim)
+        if not self._was_dim:
+            return _Rows(counts, masked, room)
+        return Photons(_Rows(counts, masked, 1).frames()[0], limit)
 
-    def _fits(self, counts: NDArray[Any]) -> bool:
-        return (self._buffer.shape[1:], self._buffer.dtype) == (counts.shape, counts.dtype)
-
-    def _select(self, image: Image) -> NDArray[np.unsignedinteger[Any]]:
+    def _select(self, image: Image) -> Pixels:
         channel = next(iter(image.channels), None) if self._channel is None else self._channel
         if channel is None or channel not in image.channels:
             there = ", ".join(f"{name:.80}" for name in image.channels) or "none"
             raise DecodeError(f"image {image.number} of {image.run} has no channel {channel}; there are: {there}")
-        try:
-            return image.channels[channel].decompress()
-        except DecodeError as error:
-            raise DecodeError(f"image {image.number} of {image.run}: {error}") from None
+        return image.channels[channel]
 
     def _announce(self, series: _Series, counts: NDArray[Any]) -> Iterator[RunStart]:
         start = series.start
-        if start is None or series.announced:
+        if start is None or series.announced is not None:
             return
-        series.announced = True
+        series.announced = counts.shape
         largest = int(np.iinfo(counts.dtype).max)
         mask = start.masks.get(self._channel or next(iter(start.masks), ""))
         if mask is not None and mask.shape == counts.shape:
@@ -168,7 +212,7 @@ class DectrisDecoder:
 
     def _stop(self, run: str) -> Iterator[RunStop]:
         series = self._series if self._series is not None and self._series.run == run else _Series(run)
-        if series.start is not None and not series.announced:
+        if series.start is not None and series.announced is None:
             logger.info("%s ended without an image", run)
         else:
             planned = 0 if series.start is None else series.start.n_frames
@@ -206,7 +250,7 @@ class DectrisSource:
     ----------
     address
         ``tcp://host:9999`` (V1) or ``tcp://host:31001`` (V2).
-    channel, batch
+    channel, batch, photons
         See `DectrisDecoder`.
 
     Raises
@@ -215,9 +259,9 @@ class DectrisSource:
         The address cannot be one.
     """
 
-    def __init__(self, address: str, *, channel: str | None = None, batch: int = 64) -> None:
+    def __init__(self, address: str, *, channel: str | None = None, batch: int = 64, photons: bool = False) -> None:
         self._address = address
-        self._decoder = DectrisDecoder(channel=channel, batch=batch)
+        self._decoder = DectrisDecoder(channel=channel, batch=batch, photons=photons)
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self._socket.set(zmq.RCVHWM, RECEIVE_HWM)
         self._socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)

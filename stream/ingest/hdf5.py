@@ -13,12 +13,13 @@ from typing import Any, Self
 import h5py
 import hdf5plugin  # noqa: F401  (importing it registers the filters)
 import numpy as np
-from dectris.compression import decompress
 from numpy.typing import NDArray
 
-from stream.errors import ConfigError, SourceError
+from stream.errors import ConfigError, DecodeError, SourceError
 from stream.ingest import nexus
-from stream.messages import ExitStatus, FrameBatch, Message, Position, Rejected, RunStop
+from stream.ingest.dectris_messages import Pixels
+from stream.ingest.photons import Photons, is_dim
+from stream.messages import Events, ExitStatus, FrameBatch, Message, Position, Rejected, RunStop
 from stream.wire import MAX_FRAME_BYTES
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,11 @@ MAX_READ_BYTES = 2**30
 
 BITSHUFFLE, LZ4 = 32008, 2
 """The filter's number at the HDF Group, and its compression parameter."""
+
+_UNREADABLE = (OSError, RuntimeError, ValueError, DecodeError)
+
+_Stretch = tuple[int, NDArray[np.unsignedinteger[Any]] | Events | str]
+"""How many frames that follow each other, and they, or what is wrong with them."""
 
 
 class Hdf5Source:
@@ -47,6 +53,10 @@ class Hdf5Source:
         Frames per `FrameBatch`, rounded to whole chunks of the file so that each is decompressed once.
     frame_time
         Start to start of frames (s). None: as the file says.
+    photons
+        Let batches of frames stored one by one with bitshuffle and LZ4, as EIGERs do, of which the first is dim, come
+        as `stream.messages.Events`, see `stream.ingest.photons`. For operators only: others of a batch do not tell
+        again which pixels are masked or overflown in its first frame.
 
     Raises
     ------
@@ -81,6 +91,7 @@ class Hdf5Source:
         dataset: str | None = None,
         batch: int = 64,
         frame_time: float | None = None,
+        photons: bool = False,
     ) -> None:
         if batch < 1:
             raise ConfigError(f"batch is {batch}, must be at least 1")
@@ -104,6 +115,10 @@ class Hdf5Source:
         except (OSError, RuntimeError, KeyError, ValueError) as error:  # as h5py finds the file damaged
             raise SourceError(f"{path} is damaged: {error}") from error
         self._batch = batch
+        self._wants_photons = photons
+        limit = self._start.saturation_value
+        self._limit = np.iinfo(self._start.dtype).max if limit is None else limit
+        self._was_dim = True
         self._place = f"{self._start.run}:frame"
         self._next = -1
 
@@ -150,21 +165,60 @@ class Hdf5Source:
         which = bisect_right(self._offsets, begin) - 1
         block, row = self._blocks[which], begin - self._offsets[which]
         step = block.step(self._batch)
-        frames = block.room(min(step - row % step, block.n_frames - row))
+        n = min(step - row % step, block.n_frames - row)
+        photons = self._dim(block, row)
+        stretches = self._rows(block, row, n) if photons is None else self._photons(block, row, n, photons)
+        for size, frames in stretches:
+            first, self._next = self._next, self._next + size
+            if isinstance(frames, str):
+                yield Rejected(reason=f"{block.name}: frames {first} to {self._next - 1}: {frames}")
+            else:
+                timestamp_ns = self._start_ns + round(first * self._start.frame_time * 1e9)
+                yield FrameBatch(run=self._start.run, first=first, frames=frames, timestamp_ns=timestamp_ns)
+
+    def _rows(self, block: "_Block", row: int, n: int) -> Iterator[_Stretch]:
+        frames = block.room(n)
         problems = block.read(row, frames)
         counts = frames.view(self._start.dtype)
-        counts.reshape(len(counts), -1)[:, self._masked] = np.iinfo(counts.dtype).max
+        counts.reshape(n, -1)[:, self._masked] = np.iinfo(counts.dtype).max
         counts.flags.writeable = False
-        end = begin
+        end = 0
         for problem, stretch in groupby(problems):
-            first, end = end, end + len(list(stretch))
-            self._next = end
-            if problem is None:
-                good = counts[first - begin : end - begin]
-                timestamp_ns = self._start_ns + round(first * self._start.frame_time * 1e9)
-                yield FrameBatch(run=self._start.run, first=first, frames=good, timestamp_ns=timestamp_ns)
-            else:
-                yield Rejected(reason=f"{block.name}: frames {first} to {end - 1}: {problem}")
+            begin, end = end, end + len(list(stretch))
+            yield end - begin, counts[begin:end] if problem is None else problem
+
+    def _dim(self, block: "_Block", row: int) -> Photons | None:
+        """Return frame `row` as the first of a batch of photons, if that pays."""
+        if not (self._wants_photons and block.is_bslz4):
+            return None
+        try:
+            image = block.image(row)
+            counts = self._decompress(image)
+        except _UNREADABLE:
+            return None
+        self._was_dim = is_dim(image, counts, self._limit, before=self._was_dim)
+        return Photons(counts, self._limit) if self._was_dim else None
+
+    def _photons(self, block: "_Block", row: int, n: int, photons: Photons) -> Iterator[_Stretch]:
+        found: list[Photons | str] = [photons]
+        for i in range(row + 1, row + n):
+            last = found[-1]
+            try:
+                image = block.image(i)
+                if isinstance(last, Photons) and last.fits(image):
+                    last.append(image)
+                    found.append(last)
+                else:
+                    found.append(Photons(self._decompress(image), self._limit))
+            except _UNREADABLE as error:
+                found.append(str(error))
+        for one, stretch in groupby(found):
+            yield len(list(stretch)), one if isinstance(one, str) else one.frames()
+
+    def _decompress(self, image: Pixels) -> NDArray[np.unsignedinteger[Any]]:
+        counts = image.decompress().copy()
+        counts.reshape(-1)[self._masked] = np.iinfo(counts.dtype).max
+        return counts
 
 
 class _Block:
@@ -176,7 +230,7 @@ class _Block:
         self._dataset = dataset
         self._chunks = dataset.chunks or dataset.shape
         self._has_gaps = dataset.chunks is not None and dataset.id.get_num_chunks() < _n_chunks(dataset)
-        self._is_bslz4 = _is_bslz4_by_frame(dataset)
+        self.is_bslz4 = _is_bslz4_by_frame(dataset)
 
     def step(self, batch: int) -> int:
         """Return `batch`, rounded to whole chunks, or fewer frames if they are large."""
@@ -197,31 +251,36 @@ class _Block:
             problems += [self._read_chunk(row, frames[begin:end])] * (end - begin)
         return problems
 
+    def image(self, row: int) -> Pixels:
+        """Return a frame as it is stored, where `is_bslz4`."""
+        self._check_written(row)
+        filter_mask, chunk = self._dataset.id.read_direct_chunk((row, 0, 0))
+        return Pixels(
+            shape=(self._rows, self._columns),
+            dtype=self._dataset.dtype.str.replace("i", "u"),
+            codec="none" if filter_mask else "bslz4",
+            data=chunk,
+        )
+
     def _read_chunk(self, row: int, frames: NDArray[np.integer[Any]]) -> str | None:
-        if self._has_gaps and not self._is_written(row):
-            return "never written"
         try:
-            if self._is_bslz4:
-                self._decompress(row, frames[0])
+            if self.is_bslz4:
+                frames[0] = self.image(row).decompress()
             else:
+                self._check_written(row)
                 self._dataset.read_direct(frames, np.s_[row : row + len(frames)])
-        except (OSError, RuntimeError, ValueError) as error:
+        except _UNREADABLE as error:
             return str(error)
         return None
 
-    def _is_written(self, row: int) -> bool:
+    def _check_written(self, row: int) -> None:
+        if not self._has_gaps:
+            return
         depth, *tile = self._chunks
         corners = product(*(range(0, n, c) for n, c in zip((self._rows, self._columns), tile, strict=True)))
         chunks = (self._dataset.id.get_chunk_info_by_coord((row - row % depth, *corner)) for corner in corners)
-        return all(chunk.byte_offset is not None for chunk in chunks)
-
-    def _decompress(self, row: int, frame: NDArray[np.integer[Any]]) -> None:
-        filter_mask, chunk = self._dataset.id.read_direct_chunk((row, 0, 0))
-        if filter_mask == 0:
-            if (n_bytes := int.from_bytes(chunk[:8], "big")) != frame.nbytes:
-                raise ValueError(f"the chunk declares {n_bytes} bytes, a frame has {frame.nbytes}")
-            chunk = decompress(chunk, "bslz4", elem_size=frame.itemsize)
-        frame[...] = np.frombuffer(chunk, self._dataset.dtype).reshape(frame.shape)
+        if any(chunk.byte_offset is None for chunk in chunks):
+            raise DecodeError("never written")
 
 
 def _n_chunks(dataset: h5py.Dataset) -> int:
