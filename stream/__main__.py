@@ -22,7 +22,9 @@ from stream.errors import ConfigError, SinkError, XpcsStreamError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from stream.assembly import Make
     from stream.config import Configuration, Place
+    from stream.operators.roimap import RoiMap
     from stream.sinks.dectris import DectrisSink
     from stream.sinks.faults import Faults
     from stream.sinks.zmq import ZmqSink
@@ -188,6 +190,201 @@ def run(
     else:
         raise typer.BadParameter(f"{config} says what to do; beside it only --runs can be given")
     _correlate(configuration, runs, ctx.obj)
+
+
+KafkaProperties = Annotated[
+    Path | None,
+    typer.Option(
+        "--kafka-properties",
+        metavar="FILE",
+        help="Settings of librdkafka, name=value a line. Secrets stand elsewhere: sasl.password=file:PATH or env:NAME.",
+    ),
+]
+
+
+def _kafka(text: str) -> str:
+    """Return host:port/beamline of a kafka:// address."""
+    from stream.config import address
+
+    where = address(text)
+    if where.transport != "kafka":
+        raise typer.BadParameter(f'"{text}" is not kafka://HOST:PORT/BEAMLINE')
+    return where.target
+
+
+@app.command()
+def gateway(
+    source: Annotated[str, typer.Option(help="Where frames come from.", metavar="ADDRESS")],
+    to: Annotated[str, typer.Option(help="kafka://HOST:PORT/BEAMLINE", metavar="ADDRESS")],
+    regions: Annotated[int, typer.Option(min=1, max=4096, help="Bands of rows, each a partition of Kafka.")],
+    channel: Annotated[str | None, typer.Option(help="Threshold channel of a DECTRIS stream.")] = None,
+    frame_time: FrameTime = None,
+    keep: Annotated[float, typer.Option(help="GB of frames that Kafka keeps of each region.")] = 10.0,
+    kafka_properties: KafkaProperties = None,
+) -> None:
+    """Send a detector's frames to Kafka, cut into regions for the workers.
+
+    The topics are made if they are not there: BEAMLINE.xpcs.frames and BEAMLINE.xpcs.partials.
+
+    xpcs-stream gateway --source zmq+dectris://127.0.0.1:31001 --to kafka://127.0.0.1:9092/8idi --regions 4
+    """
+    from stream import kafka_plane
+    from stream.assembly import source_of
+    from stream.config import SourceSection
+    from stream.regions import Regions
+
+    where, properties = _kafka(to), kafka_plane.read_properties(kafka_properties)
+    section = SourceSection(address=source, **_given({"channel": channel}))
+    section = section.model_copy(update=_given({"frame_time": frame_time}))
+    kafka_plane.create_topics(where, properties, regions, retention_bytes=round(keep * 1e9))
+    with (
+        _stopped_by_signals() as stop,
+        kafka_plane.frames_sink(where, properties, stop) as sink,
+        source_of(section, photons=True) as frames,
+    ):
+        typer.echo(f"taking frames from {source}", err=True)
+        ledger = kafka_plane.gateway(frames, sink, Regions(regions), stop)
+        typer.echo(
+            f"sent {ledger.received:,} frames to {regions} regions of {to}, {ledger.lost:,} lost before", err=True
+        )
+
+
+@app.command()
+def worker(
+    source: Annotated[str, typer.Option(help="kafka://HOST:PORT/BEAMLINE", metavar="ADDRESS")],
+    qmap: Qmap,
+    checkpoints: Annotated[
+        Path, typer.Option(help="Directory that all workers of the beamline reach; a region goes on from there.")
+    ],
+    delays_per_level: Annotated[int, typer.Option(help="4 at the APS.")] = 4,
+    levels: Annotated[int, typer.Option(help="Levels of multi-tau.")] = 16,
+    error: Annotated[
+        str, typer.Option(help="Error bars from the spread over 'static' bins, or each 'pixel'.")
+    ] = "static",
+    publish_every: Annotated[
+        float, typer.Option(parser=_measured("s"), metavar="TIME", help='Between partial sums: "1 s".')
+    ] = 1.0,
+    checkpoint_every: Annotated[
+        float, typer.Option(parser=_measured("s"), metavar="TIME", help="What is replayed at most after a kill.")
+    ] = 30.0,
+    threads: Annotated[int | None, typer.Option(help="Threads that correlate; one per core if not given.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Keeps its regions for one that is started again under this name within 6 s.")
+    ] = None,
+    kafka_properties: KafkaProperties = None,
+) -> None:
+    """Correlate the regions that this worker is given, together with all others of the beamline.
+
+    Start as many as there are nodes, and stop or kill any of them at any time: the others go on with its regions.
+
+    xpcs-stream worker --source kafka://127.0.0.1:9092/8idi --qmap qmap.h5 --checkpoints checkpoints
+    """
+    from stream import kafka_plane
+    from stream.assembly import compile_kernels
+
+    where, properties = _kafka(source), kafka_plane.read_properties(kafka_properties)
+    make, roimap = _operators(qmap, delays_per_level, levels, error, threads)
+    compile_kernels(make, roimap, lambda text: typer.echo(text, err=True))
+    with _stopped_by_signals() as stop:
+        kafka_plane.wait_for_topics(where, properties, stop)
+        typer.echo(f"taking regions of {source}", err=True)
+        kafka_plane.worker(
+            where,
+            properties,
+            make,
+            checkpoints=checkpoints,
+            name=name,
+            publish_every=publish_every,
+            checkpoint_every=checkpoint_every,
+        ).run(stop)
+
+
+@app.command("merge")
+def merge_partials(
+    ctx: typer.Context,
+    source: Annotated[str, typer.Option(help="kafka://HOST:PORT/BEAMLINE", metavar="ADDRESS")],
+    qmap: Qmap,
+    out: Annotated[
+        str | None, typer.Option(help="Result file, NXxpcs; {run} in it stands for the run.", metavar="FILE")
+    ] = None,
+    publish: Annotated[str | None, typer.Option(help="Publish results at zmq://HOST:PORT.", metavar="ADDRESS")] = None,
+    position: Annotated[
+        Path | None, typer.Option(help="Keep here which runs are done, so that a restart does not repeat them.")
+    ] = None,
+    delays_per_level: Annotated[int, typer.Option(help="As the workers.")] = 4,
+    levels: Annotated[int, typer.Option(help="As the workers.")] = 16,
+    error: Annotated[str, typer.Option(help="As the workers.")] = "static",
+    publish_every: Annotated[
+        float, typer.Option(parser=_measured("s"), metavar="TIME", help='Between interim results: "1 s".')
+    ] = 1.0,
+    patience: Annotated[
+        float,
+        typer.Option(
+            parser=_measured("s"), metavar="TIME", help="A region that is further behind is left out for now."
+        ),
+    ] = 10.0,
+    runs: Annotated[int | None, typer.Option(min=1, help="Stop after so many runs.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No live display.")] = False,
+    kafka_properties: KafkaProperties = None,
+) -> None:
+    """Add up what the workers know of their regions. Prints the name of every result file.
+
+    xpcs-stream merge --source kafka://127.0.0.1:9092/8idi --qmap qmap.h5 --out result-{run}.h5
+    """
+    from stream import kafka_plane
+    from stream.assembly import sink_of
+    from stream.config import check
+
+    where, properties = _kafka(source), kafka_plane.read_properties(kafka_properties)
+    make, roimap = _operators(qmap, delays_per_level, levels, error, None)
+    multitau = {"delays_per_level": delays_per_level, "levels": levels, "error": error}
+    sinks = [sink for sink in (None if quiet else "console", out, publish) if sink]
+    configuration = check(
+        {
+            "source": {"address": source},
+            "qmap": str(qmap),
+            "operators": {"multitau": multitau},
+            "sinks": sinks or ["console"],
+        }
+    )
+    with _stopped_by_signals() as stop, ExitStack() as stack:
+        open_sinks = [
+            stack.enter_context(sink_of(text, configuration, roimap, ctx.obj, typer.echo))
+            for text in configuration.sinks
+            if sinks
+        ]
+        kafka_plane.wait_for_topics(where, properties, stop)
+        typer.echo(f"taking partial sums from {source}", err=True)
+        kafka_plane.merging(
+            where,
+            properties,
+            make,
+            open_sinks,
+            position=position,
+            publish_every=publish_every,
+            patience=patience,
+            runs=runs,
+            stop=stop,
+        )
+
+
+def _operators(
+    qmap: Path, delays_per_level: int, levels: int, error: str, threads: int | None
+) -> "tuple[Make, RoiMap]":
+    """Return what makes the operators of a region, and the map."""
+    from stream.assembly import operators_of, there
+    from stream.config import check
+    from stream.operators.roimap_file import read
+
+    document = {
+        "source": {"address": "any.h5"},  # where frames come from is not asked for
+        "qmap": str(qmap),
+        "operators": {"multitau": {"delays_per_level": delays_per_level, "levels": levels, "error": error}},
+        "threads": threads,
+    }
+    configuration = check(_given(document), lambda place: f"{_option(place, document)}: ")
+    roimap = read(there(qmap))
+    return operators_of(configuration, roimap), roimap
 
 
 @app.command("compile")

@@ -128,6 +128,8 @@ def source_of(section: SourceSection, *, photons: bool = False) -> Source:
             return RigakuSource(there(Path(where.target)), **options)
         case "recording":
             return RecordingSource(there(Path(where.target)), **options, photons=photons)
+        case "kafka":
+            raise ConfigError(f"{section.address}: frames in Kafka are for the workers of a beamline")
 
 
 def frames_of(text: str, batch: int | None, frame_time: float | None, otherwise: float | None = None) -> Source:
@@ -160,7 +162,7 @@ def sink_of(
 ) -> Sink:
     """Make one of the sinks of a configuration; `on_written` is told the name of each result file."""
     if text == "console":
-        is_live = address(configuration.source.address).transport in ("dectris", "zmq")
+        is_live = address(configuration.source.address).transport in ("dectris", "zmq", "kafka")
         return ConsoleSink(console, q=roimap.dynamic_q.tolist(), is_live=is_live)
     where = address(text)
     if where.transport == "zmq":

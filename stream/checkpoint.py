@@ -26,7 +26,7 @@ import crc32c
 import numpy as np
 
 from stream import wire
-from stream.errors import CheckpointError, DecodeError
+from stream.errors import CheckpointError, DecodeError, Superseded
 from stream.messages import Arrays, Position, RunStart, RunStop
 from stream.wire import Packer, unpackb
 
@@ -73,7 +73,9 @@ class Store(Protocol):
         Raises
         ------
         CheckpointError
-            It could not be written, or another owner has taken over.
+            It could not be written.
+        Superseded
+            Another owner has taken over.
         """
 
 
@@ -128,20 +130,25 @@ class Epochs:
     def load(self) -> Checkpoint | None:
         """Return the newest of the newest epoch that can be read; None if there never was one."""
         damaged: CheckpointError | None = None
-        for path in self._newest_first():
-            try:
-                return load(path)
-            except CheckpointError as error:
-                _log.warning("%s; the one before is taken", error)
-                damaged = damaged or error
-        if damaged is not None:
-            raise damaged
+        # A former owner that does not know yet that it is one may be removing what it listed just now.
+        while found := self._newest_first():
+            for path in found:
+                try:
+                    saved = load(path)
+                except CheckpointError as error:
+                    _log.warning("%s; the one before is taken", error)
+                    damaged = damaged or error
+                    continue
+                if saved is not None:
+                    return saved
+            if damaged is not None:
+                raise damaged
         return None
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write the next of our epoch, and remove what is older than the one before."""
         if self._is_over():
-            raise CheckpointError(f"{self._directory}: another owner has taken over")
+            raise Superseded(f"{self._directory}: another owner has taken over")
         self._number += 1
         save(self._own / f"{self._number:012d}", checkpoint)
         for old in self._newest_first()[KEPT:]:

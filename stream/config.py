@@ -26,9 +26,9 @@ from pydantic_core import ErrorDetails
 from stream.errors import ConfigError
 from stream.units import quantity
 
-Transport = Literal["dectris", "zmq", "hdf5", "recording", "rigaku"]
+Transport = Literal["dectris", "zmq", "kafka", "hdf5", "recording", "rigaku"]
 
-_SCHEMES: dict[str, Transport] = {"zmq+dectris://": "dectris", "zmq://": "zmq"}
+_SCHEMES: dict[str, Transport] = {"zmq+dectris://": "dectris", "zmq://": "zmq", "kafka://": "kafka"}
 _SUFFIXES: dict[str, Transport] = {
     ".h5": "hdf5",
     ".hdf5": "hdf5",
@@ -40,7 +40,9 @@ _SUFFIXES: dict[str, Transport] = {
     ".bin.000": "rigaku",
 }
 MAX_PORT = 65535
-_ADDRESSES = "zmq+dectris://HOST:PORT, zmq://HOST:PORT, or a file ({})".format(" ".join(_SUFFIXES))
+_ADDRESSES = "zmq+dectris://HOST:PORT, zmq://HOST:PORT, kafka://HOST:PORT/BEAMLINE, or a file ({})".format(
+    " ".join(_SUFFIXES)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +51,11 @@ class Address:
 
     transport: Transport
     target: str
-    """``tcp://host:port`` or the path of a file."""
+    """``tcp://host:port``, the path of a file, or ``host:port/beamline``."""
 
 
 def address(text: str) -> Address:
-    """Read ``zmq+dectris://host:port``, ``zmq://host:port``, ``file:/path.h5`` or a plain path.
+    """Read ``zmq+dectris://host:port``, ``zmq://host:port``, ``kafka://host:port/beamline``, a path or ``file:`` of it.
 
     Raises
     ------
@@ -64,6 +66,8 @@ def address(text: str) -> Address:
     if scheme and scheme[0] != "file://":
         if scheme[0] not in _SCHEMES:
             raise ConfigError(f'"{text}": unknown scheme {scheme[0]}; an address is {_ADDRESSES}')
+        if scheme[0] == "kafka://":
+            return Address("kafka", _kafka(text))
         parts = urlsplit(text)
         port = parts.netloc.rpartition(":")[2]
         if port.isdecimal() and not 1 <= int(port) <= MAX_PORT:
@@ -76,6 +80,13 @@ def address(text: str) -> Address:
         if path.endswith(suffix):
             return Address(transport, path)
     raise ConfigError(f'"{text}": an address is {_ADDRESSES}')
+
+
+def _kafka(text: str) -> str:
+    found = re.fullmatch(r"kafka://([^/?#@,\s]+:\d+(?:,[^/?#@,\s]+:\d+)*)/([A-Za-z0-9._-]{1,200})", text)
+    if found is None:
+        raise ConfigError(f'"{text}" must name a broker and a beamline, e.g. "kafka://127.0.0.1:9092/8idi"')
+    return f"{found[1]}/{found[2]}"
 
 
 def _address_of(*transports: Transport) -> Callable[[str], str]:
@@ -113,6 +124,7 @@ class _Section(BaseModel):
 _SOURCE_OPTIONS: dict[Transport, frozenset[str]] = {
     "dectris": frozenset({"channel", "batch"}),
     "zmq": frozenset({"bind"}),
+    "kafka": frozenset(),
     "hdf5": frozenset({"batch", "metadata", "dataset", "frame_time"}),
     "recording": frozenset({"batch", "channel"}),
     "rigaku": frozenset({"batch", "metadata", "frame_time"}),
@@ -122,7 +134,7 @@ _SOURCE_OPTIONS: dict[Transport, frozenset[str]] = {
 class SourceSection(_Section):
     """Where frames come from."""
 
-    address: Annotated[str, AfterValidator(_address_of("dectris", "zmq", "hdf5", "recording", "rigaku"))]
+    address: Annotated[str, AfterValidator(_address_of("dectris", "zmq", "kafka", "hdf5", "recording", "rigaku"))]
     """See `stream.config.address`."""
     batch: Annotated[int, Field(ge=1, le=65536)] | None = None
     """Frames handed on together."""

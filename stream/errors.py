@@ -8,6 +8,7 @@ XpcsStreamError
 │   └── NotSeekable     a source was asked to go back and cannot
 ├── SinkError           a sink could not deliver
 ├── CheckpointError     a checkpoint is damaged or belongs to something else
+│   └── Superseded      another owner goes on from it
 └── BrokerError         a Kafka broker of ours cannot be started, or ended by itself
 """
 
@@ -42,6 +43,10 @@ class SinkError(XpcsStreamError):
 
 class CheckpointError(XpcsStreamError):
     """A checkpoint is damaged or belongs to something else."""
+
+
+class Superseded(CheckpointError):
+    """Another owner of the region goes on from its checkpoints: what is done here does not count any more."""
 
 
 class BrokerError(XpcsStreamError):

@@ -90,5 +90,6 @@ def merge(
 
 
 def _earliest(positions: Sequence[Position]) -> Position:
-    """Return the earliest place in every part of a source."""
-    return {part: min(each[part] for each in positions if part in each) for part in set().union(*positions)}
+    """Return the earliest place in every part of a source; a part that is missing once begins with what is oldest."""
+    parts = set.intersection(*(set(position) for position in positions))
+    return {part: min(position[part] for position in positions) for part in parts}

@@ -75,10 +75,9 @@ class _Run:
 
     def results(self, n_frames: int, *, final: bool, partials: bool) -> list[Result]:
         """Return what is known after n_frames."""
-        arrays = [
-            (operator.name, operator.partial(n_frames) if partials else operator.result())
-            for operator in self.operators
-        ]
+        for operator in self.operators:
+            operator.miss(n_frames)
+        arrays = [(each.name, each.partial() if partials else each.result()) for each in self.operators]
         return [
             Result(
                 run=self.start.run,

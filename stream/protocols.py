@@ -59,11 +59,11 @@ class Operator(Protocol):
         It may still be being copied: then reading it waits, and so does a push that would change what is not copied.
         """
 
-    def partial(self, n_frames: int) -> Arrays:
-        """Return what `merge` needs, after n_frames: frames before that one that were not pushed are missing for good.
+    def miss(self, n_frames: int) -> None:
+        """Go on to n_frames, not fewer than before: frames before that were not pushed are missing for good."""
 
-        It does not change with later pushes either, and is much smaller than the whole state where that is large.
-        """
+    def partial(self) -> Arrays:
+        """Return what `merge` needs, which later pushes do not change: where the state is large, much less than it."""
 
     def restore(self, state: Arrays) -> None:
         """Take over a `snapshot`, or a `partial`: then nothing can be pushed afterwards.

@@ -138,15 +138,15 @@ def test_partial_sums_of_regions_merge_into_the_whole_detector_and_the_regions_g
     for region, rows in ((upper, slice(0, row)), (lower, slice(row, None))):
         part = frames[:, rows]
         operator = push(make(region, ROIMAP), part, spans)
+        operator.miss(n_frames)
         restored.append(make(region, ROIMAP))
-        restored[-1].restore(operator.partial(n_frames))
+        restored[-1].restore(operator.partial())
         again = part[slice(*spans[0])]
         operator.push(FrameBatch(run="run-1", first=n_frames, frames=again, timestamp_ns=0))
         assert operator.n_frames == n_frames + len(again)
     restored[1].merge(restored[0])
     whole = push(make(start, ROIMAP), frames, spans)
-    if missing:
-        whole.restore(whole.partial(n_frames))
+    whole.miss(n_frames)
     assert_same(restored[1].result(), whole.result())
 
 

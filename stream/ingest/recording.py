@@ -62,8 +62,8 @@ class RecordingSource:
     """A recording, decoded as if it came from the detector; a `stream.protocols.Source` that can seek.
 
     Seeking decodes again from the beginning and leaves out what was yielded before, so that headers, masks and a batch
-    in the making are the same. `channel`, `batch` and `photons` are those of `stream.ingest.dectris.DectrisDecoder`, and
-    must be the same as when the position was taken. Where the recording is damaged it ends, with a Rejected.
+    in the making are the same. `channel`, `batch` and `photons` are those of `stream.ingest.dectris.DectrisDecoder`,
+    and must be the same as when the position was taken. Where the recording is damaged it ends, with a Rejected.
 
     Raises
     ------

@@ -87,10 +87,13 @@ class Intensity:
             "intervals": self._intervals.sums.copy(),
         }
 
-    def partial(self, n_frames: int) -> Arrays:
-        """Return the state after n_frames; see `stream.protocols.Operator`."""
+    def miss(self, n_frames: int) -> None:
+        """Go on to n_frames without those not pushed; see `stream.protocols.Operator`."""
         self._intervals.reach(n_frames)
         self.n_frames = n_frames
+
+    def partial(self) -> Arrays:
+        """Return the state; see `stream.protocols.Operator`."""
         return self.snapshot()
 
     def restore(self, state: Arrays) -> None:

@@ -153,7 +153,7 @@ class MultiTau:
         if batch.frames.shape[1:] != self._start.shape or batch.frames.dtype != self._start.dtype:
             # The kernels read where the run says that there are frames.
             raise ValueError(f"multitau: frames {batch.frames.shape} {batch.frames.dtype} are not those of the run")
-        self._miss(batch.first)
+        self.miss(batch.first)
         if isinstance(batch.frames, Events):
             self._hold_events(batch.frames)
         else:
@@ -202,8 +202,8 @@ class MultiTau:
             if self.n_frames == end or self._held_photons >= HELD_EVENTS:
                 self._fold()
 
-    def _miss(self, n_frames: int) -> None:
-        """Go on to n_frames without the frames before."""
+    def miss(self, n_frames: int) -> None:
+        """Go on to n_frames without those not pushed; see `stream.protocols.Operator`."""
         missing = n_frames - self.n_frames
         if missing == 0:
             return
@@ -348,7 +348,7 @@ class MultiTau:
         if any(each._merged and each.n_frames < n_frames for each in (self, other)):
             raise ValueError(f"multitau: what is merged ends before {n_frames}: merge the longest region first")
         for each in (self, other):
-            each._miss(n_frames)
+            each.miss(n_frames)
             each._fold()
         mine, theirs = self._totals(), other._totals()
         if self._error == "pixel":
@@ -422,11 +422,10 @@ class MultiTau:
             **{name: total[:, :n_delay].copy() for name, total in totals},
         }
 
-    def partial(self, n_frames: int) -> Arrays:
+    def partial(self) -> Arrays:
         """Return the sums alone; see `stream.protocols.Operator`."""
-        self._miss(n_frames)
         self._fold()
-        return self._sums_alone(n_frames)
+        return self._sums_alone(self.n_frames)
 
     def restore(self, state: Arrays) -> None:
         """Take over a state; see `stream.protocols.Operator`."""

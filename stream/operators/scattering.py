@@ -134,11 +134,14 @@ class Scattering:
             "pixel_frames": self._pixel_frames.sums.copy(),
         }
 
-    def partial(self, n_frames: int) -> Arrays:
-        """Return the state after n_frames; see `stream.protocols.Operator`."""
+    def miss(self, n_frames: int) -> None:
+        """Go on to n_frames without those not pushed; see `stream.protocols.Operator`."""
         for segments in (self._counts, self._pixel_frames):
             segments.reach(n_frames)
         self.n_frames = n_frames
+
+    def partial(self) -> Arrays:
+        """Return the state, which is hardly more than the mean image; see `stream.protocols.Operator`."""
         return self.snapshot()
 
     def restore(self, state: Arrays) -> None:
