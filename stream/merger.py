@@ -107,7 +107,9 @@ class Merger:
                     regions = message.metadata.get("regions")
                     run.wanted = regions if isinstance(regions, int) else 1
             case Result() if run is not None and message.region in run.regions:
-                self._add(run.regions[message.region], message)
+                # What comes after its end was said before.
+                if run.regions[message.region].stop is None:
+                    self._add(run.regions[message.region], message)
             case RunStop() if run is not None and message.region in run.regions:
                 run.regions[message.region].stop = message
                 run.first_end = time.monotonic() if run.first_end is None else run.first_end

@@ -151,6 +151,7 @@ def test_a_broker_that_is_away_for_a_while_loses_nothing(plane, frames, undistur
     plane.replay(frames, "150 Hz")
     until_said(worker, "region 3 begins")
     merger = plane.merger()
+    until_said(merger, "taking partial sums")
     plane.broker.kill()
     time.sleep(20)  # that it is away that long is what is tested
     plane.broker.start()
