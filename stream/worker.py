@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
 
-from stream.errors import SourceError, Superseded
+from stream.errors import SinkError, SourceError, Superseded
 from stream.kafka import Cluster, address
 
 _log = logging.getLogger(__name__)
@@ -37,7 +37,10 @@ GROUP: Mapping[str, str | int | bool] = {
 
 
 AGAIN = 1.0
-"""Seconds after which a region is begun once more that another owner took over, but that is still given to us."""
+"""Seconds after which a region that ended is begun once more if it is still given to us."""
+
+STEADY = 10.0
+"""Seconds after which a region that loses its connections for good is begun once more, with new ones."""
 
 
 @dataclass(slots=True)
@@ -60,8 +63,9 @@ class Worker:
     group
         Name of the group.
     serve
-        Correlates a region until its `stop` is set, and leaves it then so that another can go on. `Superseded` ends it
-        in good order, any other error ends the worker.
+        Correlates a region until its `stop` is set, and leaves it then so that another can go on. After `Superseded`,
+        and after a SourceError or SinkError that comes late, it is begun again while the region is ours; any other
+        error ends the worker.
     name
         Makes it a static member: no two alive may have the same name. One that is started again within `SESSION` gets
         its regions back and nobody else notices; one that leaves keeps them from the others for as long. None: the
@@ -138,7 +142,7 @@ class Worker:
         thread.start()
 
     def _begin_again(self) -> None:
-        """Take regions back from a worker that lost them while it was paused, and began with them when it woke."""
+        """Go on with regions that ended: a worker that was paused may have taken them when it woke, without a right."""
         for region, serving in list(self._serving.items()):
             if serving.thread.is_alive() or self._failed is not None:
                 continue
@@ -157,10 +161,16 @@ class Worker:
             serving.thread.join()
 
     def _work(self, region: int, stop: threading.Event) -> None:
+        begin = time.monotonic()
         try:
             self._serve(region, stop)
         except Superseded as error:
             _log.warning("region %d ends here: %s", region, error)
+        except (SourceError, SinkError) as error:
+            if time.monotonic() - begin < STEADY:
+                self._failed = error
+            else:
+                _log.warning("region %d begins again: %s", region, error)
         except BaseException as error:  # noqa: BLE001 - raised again by `run`
             self._failed = error
 
