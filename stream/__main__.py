@@ -258,9 +258,6 @@ def worker(
     ],
     delays_per_level: Annotated[int, typer.Option(help="4 at the APS.")] = 4,
     levels: Annotated[int, typer.Option(help="Levels of multi-tau.")] = 16,
-    error: Annotated[
-        str, typer.Option(help="Error bars from the spread over 'static' bins, or each 'pixel'.")
-    ] = "static",
     publish_every: Annotated[
         float, typer.Option(parser=_measured("s"), metavar="TIME", help='Between partial sums: "1 s".')
     ] = 1.0,
@@ -283,7 +280,7 @@ def worker(
     from stream.assembly import compile_kernels
 
     where, properties = _kafka(source), kafka_plane.read_properties(kafka_properties)
-    make, roimap = _operators(qmap, delays_per_level, levels, error, threads)
+    make, roimap = _operators(qmap, delays_per_level, levels, threads)
     compile_kernels(make, roimap, lambda text: typer.echo(text, err=True))
     with _stopped_by_signals() as stop:
         kafka_plane.wait_for_topics(where, properties, stop)
@@ -313,7 +310,6 @@ def merge_partials(
     ] = None,
     delays_per_level: Annotated[int, typer.Option(help="As the workers.")] = 4,
     levels: Annotated[int, typer.Option(help="As the workers.")] = 16,
-    error: Annotated[str, typer.Option(help="As the workers.")] = "static",
     publish_every: Annotated[
         float, typer.Option(parser=_measured("s"), metavar="TIME", help='Between interim results: "1 s".')
     ] = 1.0,
@@ -336,8 +332,8 @@ def merge_partials(
     from stream.config import check
 
     where, properties = _kafka(source), kafka_plane.read_properties(kafka_properties)
-    make, roimap = _operators(qmap, delays_per_level, levels, error, None)
-    multitau = {"delays_per_level": delays_per_level, "levels": levels, "error": error}
+    make, roimap = _operators(qmap, delays_per_level, levels, None)
+    multitau = {"delays_per_level": delays_per_level, "levels": levels}
     sinks = [sink for sink in (None if quiet else "console", out, publish) if sink]
     configuration = check(
         {
@@ -368,9 +364,7 @@ def merge_partials(
         )
 
 
-def _operators(
-    qmap: Path, delays_per_level: int, levels: int, error: str, threads: int | None
-) -> "tuple[Make, RoiMap]":
+def _operators(qmap: Path, delays_per_level: int, levels: int, threads: int | None) -> "tuple[Make, RoiMap]":
     """Return what makes the operators of a region, and the map."""
     from stream.assembly import operators_of, there
     from stream.config import check
@@ -379,7 +373,7 @@ def _operators(
     document = {
         "source": {"address": "any.h5"},  # where frames come from is not asked for
         "qmap": str(qmap),
-        "operators": {"multitau": {"delays_per_level": delays_per_level, "levels": levels, "error": error}},
+        "operators": {"multitau": {"delays_per_level": delays_per_level, "levels": levels}},
         "threads": threads,
     }
     configuration = check(_given(document), lambda place: f"{_option(place, document)}: ")

@@ -150,7 +150,12 @@ class Epochs:
         if self._is_over():
             raise Superseded(f"{self._directory}: another owner has taken over")
         self._number += 1
-        save(self._own / f"{self._number:012d}", checkpoint)
+        try:
+            save(self._own / f"{self._number:012d}", checkpoint)
+        except CheckpointError:
+            if self._is_over():
+                raise Superseded(f"{self._directory}: another owner has taken over") from None
+            raise
         for old in self._newest_first()[KEPT:]:
             old.unlink(missing_ok=True)
         if self._number >= KEPT:
@@ -159,7 +164,10 @@ class Epochs:
                     shutil.rmtree(self._directory / f"{epoch:08d}", ignore_errors=True)
 
     def _is_over(self) -> bool:
-        return not self._own.exists() or max(self._epochs()) > int(self._own.name)
+        try:
+            return not self._own.exists() or max(self._epochs()) > int(self._own.name)
+        except OSError as error:
+            raise CheckpointError(f"{self._directory}: cannot be read: {error.strerror}") from error
 
     def _epochs(self) -> Iterator[int]:
         return (int(path.name) for path in self._directory.iterdir() if re.fullmatch(r"\d{8}", path.name))

@@ -18,7 +18,7 @@ from stream.ingest.kafka import KafkaResults, KafkaSource
 from stream.kafka import ANSWER, Cluster, create_topic
 from stream.ledger import Ledger
 from stream.merger import Merger
-from stream.merging import merge
+from stream.merging import merge, saved
 from stream.messages import FrameBatch, Rejected, RunStart, RunStop
 from stream.pipeline import Pipeline
 from stream.protocols import Sink, Source
@@ -102,23 +102,30 @@ def gateway(source: Source, sink: Sink, regions: Regions, stop: threading.Event)
     """
     ledger = Ledger()
     for message in source:
+        if isinstance(message, RunStart | FrameBatch | RunStop):
+            try:
+                parts = list(regions.cut(message))
+            except ConfigError as error:
+                if isinstance(message, RunStart):
+                    raise
+                _log.warning("stray: %s of run %s: %s", type(message).__name__, message.run, error)
+                continue
+            for part in parts:
+                sink.write(part)
         match message:
             case RunStart():
                 ledger = Ledger()
                 _log.info("run %s begins", message.run)
+                sink.flush()
             case FrameBatch():
                 ledger.admit(message.first, len(message.frames))
             case RunStop():
                 ledger.close(max(message.n_frames, ledger.next_frame))
                 _log.info("run %s ends: %d frames, %d lost before us", message.run, ledger.sent, ledger.lost)
+                sink.flush()
             case Rejected():
                 ledger.undecodable += 1
                 _log.warning("rejected: %s", message.reason)
-        if isinstance(message, RunStart | FrameBatch | RunStop):
-            for part in regions.cut(message):
-                sink.write(part)
-        if isinstance(message, RunStart | RunStop):
-            sink.flush()
         if stop.is_set():
             break
     sink.flush()
@@ -198,12 +205,15 @@ def merging(
 ) -> None:
     """Merge the partial sums of a beamline, see `stream.merging.merge`."""
     bootstrap, beamline = where.rsplit("/", 1)
+    begin, ended = saved(position)
     with KafkaResults(bootstrap, partials_topic(beamline), properties=properties) as source:
+        if begin:
+            source.seek(begin)
         merge(
             source,
-            Merger(make, patience=patience),
+            Merger(make, patience=patience, ended=ended),
             sinks,
-            store=checkpoint.File(position) if position else None,
+            position=position,
             publish_every=publish_every,
             runs=runs,
             stop=stop,

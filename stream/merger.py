@@ -10,7 +10,7 @@ frame in common with a region that lags.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,8 +27,15 @@ KEPT = 2
 POWERS = 5
 """... up to this many."""
 
+MOST_REGIONS = 4096
+"""That a run may say it has."""
+
 ENDED = 1024
 """Runs remembered after their end, so that what comes late of them begins none anew."""
+
+
+Key = tuple[str, str]
+"""Name of a run and when it began: a detector that was restarted counts its runs anew."""
 
 
 @dataclass(slots=True)
@@ -59,8 +66,8 @@ class _Run:
     regions: dict[int, _Region] = field(default_factory=dict)
     wanted: int = 1
     """Regions that there are."""
-    published: int = 0
-    """Frames of the newest result."""
+    published: tuple[int, int] = (0, 0)
+    """Frames of the newest result, and how many regions are in it."""
     first_end: float | None = None
     """When the first region had ended; monotonic."""
 
@@ -76,44 +83,61 @@ class Merger:
         Seconds, by the frames' own time, that a region may be behind the others.
     give_up
         Seconds to wait for the end of the last region after that of the first.
+    ended
+        Runs of which nothing more is wanted, as `ended` tells them.
     """
 
     def __init__(
-        self, operators: Callable[[RunStart], Sequence[Operator]], *, patience: float = 10.0, give_up: float = 300.0
+        self,
+        operators: Callable[[RunStart], Sequence[Operator]],
+        *,
+        patience: float = 10.0,
+        give_up: float = 300.0,
+        ended: Iterable[Key] = (),
     ) -> None:
         self._operators = operators
         self._patience = patience
         self._give_up = give_up
-        self._runs: dict[str, _Run] = {}
-        self._ended: dict[str, None] = {}
+        self._runs: dict[Key, _Run] = {}
+        self._ended: dict[Key, None] = dict.fromkeys(ended)
+        self._run_of: dict[int, Key] = {}
+        """By region, the run that it is in."""
 
     @property
-    def open_runs(self) -> list[str]:
+    def open_runs(self) -> list[Key]:
         """Runs that have begun and are not published as final."""
         return list(self._runs)
 
+    @property
+    def ended(self) -> list[Key]:
+        """The last runs that are."""
+        return list(self._ended)
+
     def take(self, message: RunStart | Result | RunStop) -> Iterator[Output]:
         """Take what a worker published, in any order of regions, also twice; yield the beginning and end of runs."""
-        if message.run in self._ended:
+        if isinstance(message, RunStart):
+            self._run_of[message.region] = message.run, str(message.metadata.get("start_time", ""))
+        key = self._run_of.get(message.region)
+        if key in self._ended:
             return
-        run = self._runs.get(message.run)
+        run = self._runs.get(key) if key is not None and key[0] == message.run else None
         match message:
-            case RunStart():
+            case RunStart() if key is not None:
                 if run is None:
-                    run = self._runs[message.run] = _Run()
+                    run = self._runs[key] = _Run()
                     yield _whole(message)
                 if message.region not in run.regions:
                     run.regions[message.region] = _Region(message, operators=self._operators(message))
                     regions = message.metadata.get("regions")
-                    run.wanted = regions if isinstance(regions, int) else 1
+                    run.wanted = regions if isinstance(regions, int) and 1 <= regions <= MOST_REGIONS else 1
             case Result() if run is not None and message.region in run.regions:
                 # What comes after its end was said before.
                 if run.regions[message.region].stop is None:
                     self._add(run.regions[message.region], message)
-            case RunStop() if run is not None and message.region in run.regions:
+            case RunStop() if key is not None and run is not None and message.region in run.regions:
                 run.regions[message.region].stop = message
                 run.first_end = time.monotonic() if run.first_end is None else run.first_end
-                yield from self._end(message.run, run)
+                yield from self._end(key, run)
             case _:
                 _log.info("%s %s of a run that did not begin here", type(message).__name__, message.run)
 
@@ -121,17 +145,17 @@ class Merger:
         """Yield what is new since the last call, of every run that is open."""
         for run in self._runs.values():
             n_frames, regions = self._newest(run)
-            if n_frames > run.published:
-                run.published = n_frames
+            if (n_frames, len(regions)) > run.published:
+                run.published = n_frames, len(regions)
                 yield from _merged(run, regions, n_frames, final=False)
 
     def given_up(self) -> Iterator[Output]:
         """Yield the ends of runs of which not all regions ended in time."""
-        for name, run in list(self._runs.items()):
+        for key, run in list(self._runs.items()):
             if run.first_end is not None and time.monotonic() > run.first_end + self._give_up:
                 late = sorted(set(range(run.wanted)) - _ended(run))
-                _log.warning("run %s: given up without the end of region %s", name, ", ".join(map(str, late)))
-                yield from self._end(name, run, give_up=True)
+                _log.warning("run %s: given up without the end of region %s", key[0], ", ".join(map(str, late)))
+                yield from self._end(key, run, give_up=True)
 
     def _add(self, region: _Region, result: Result) -> None:
         if result.operator == "ledger":
@@ -147,29 +171,41 @@ class Merger:
         complete = {name: region.complete() for name, region in run.regions.items()}
         reached = {name: max(frames) for name, frames in complete.items() if frames}
         newest = max(reached.values(), default=0)
+        steps = [float(np.diff(sorted({0, *frames})).min()) for frames in complete.values() if frames]
+        # Regions are a step apart all the time, however long it is.
+        behind = max([self._patience / region.start.frame_time for region in run.regions.values()] + steps, default=0.0)
+        if len(reached) < run.wanted and newest <= behind:
+            return 0, []
         for name in sorted(reached, key=lambda name: reached[name]):
-            common = set.intersection(*(complete[name] for name in reached))
-            n_frames = max(common, default=0)
-            if (newest - n_frames) * run.regions[name].start.frame_time <= self._patience:
+            n_frames = _common(complete[name] for name in reached)
+            if newest - n_frames <= behind:
                 return n_frames, sorted(reached)
             del reached[name]
         return 0, []
 
-    def _end(self, name: str, run: _Run, *, give_up: bool = False) -> Iterator[Output]:
+    def _end(self, key: Key, run: _Run, *, give_up: bool = False) -> Iterator[Output]:
         ended = _ended(run)
         if len(ended) < run.wanted and not give_up:
             return
         stops = [stop for region in ended if (stop := run.regions[region].stop) is not None]
-        n_frames = max(stop.n_frames for stop in stops)
-        regions = sorted(region for region in ended if n_frames in run.regions[region].complete())
+        complete = {region: frames for region in ended if (frames := run.regions[region].complete())}
+        # Regions end apart if a gateway was killed amid a batch: then what they have in common is the result.
+        n_frames = _common(complete.values())
+        regions = sorted(complete) if n_frames else []
         worst = max(stops, key=lambda stop: ("success", "abort", "fail").index(stop.exit_status))
         exit_status = "fail" if len(regions) < run.wanted else worst.exit_status
         yield from _merged(run, regions, n_frames, final=True)
-        yield RunStop(run=name, n_frames=n_frames, exit_status=exit_status)
-        del self._runs[name]
-        self._ended[name] = None
+        yield RunStop(run=key[0], n_frames=max(stop.n_frames for stop in stops), exit_status=exit_status)
+        del self._runs[key]
+        self._ended[key] = None
         while len(self._ended) > ENDED:
             del self._ended[next(iter(self._ended))]
+
+
+def _common(frames: Iterable[set[int]]) -> int:
+    """Return the newest frame that is in all sets; 0 if there is none."""
+    sets = list(frames)
+    return max(set.intersection(*sets), default=0) if sets else 0
 
 
 def _ended(run: _Run) -> set[int]:

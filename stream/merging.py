@@ -3,11 +3,14 @@
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
-from stream import checkpoint
-from stream.merger import Merger
+from pydantic import BaseModel, ValidationError
+
+from stream.errors import CheckpointError
+from stream.merger import Key, Merger
 from stream.messages import Output, Position, Rejected, Result, RunStart, RunStop
 from stream.pipeline import deliver, offer
 from stream.protocols import Sink
@@ -33,14 +36,15 @@ def merge(
     merger: Merger,
     sinks: Sequence[Sink],
     *,
-    store: checkpoint.Store | None = None,
+    position: Path | None = None,
     publish_every: float = 1.0,
     runs: int | None = None,
     stop: threading.Event,
 ) -> None:
     """Merge until the source ends, `runs` runs are done, or `stop` is set.
 
-    What is kept in `store` is only where the runs that are not done began: their partial sums are read again.
+    What is kept in the file `position` is only where the runs that are not done began: their partial sums are read
+    again. It is written when a run is done.
 
     Raises
     ------
@@ -49,44 +53,64 @@ def merge(
     SinkError
         A sink did not take a final result; the others have it.
     CheckpointError
-        The position cannot be read or written.
+        The position cannot be written.
     """
-    saved = None if store is None else store.load()
-    if saved is not None and saved.position:
-        source.seek(saved.position)
-    began: dict[str, Position] = {}
+    began: dict[Key, Position] = {}
     before = source.position()
     due = time.monotonic() + publish_every
-
-    def hand_on(outputs: Iterable[Output]) -> int:
-        """Deliver what must arrive; return how many runs ended."""
-        outputs = list(outputs)
-        ended = [output.run for output in outputs if isinstance(output, RunStop)]
-        began.update({output.run: before for output in outputs if isinstance(output, RunStart)})
-        if outputs:
-            deliver(outputs, sinks)
-        for run in ended:
-            began.pop(run, None)
-        if ended and store is not None:
-            store.save(checkpoint.Checkpoint(position=_earliest([*began.values(), source.position()]), running=None))
-        return len(ended)
-
     for message in source:
-        n_ended = 0
+        outputs: list[Output] = []
         match message:
             case Rejected(reason=reason):
                 _log.warning("rejected: %s", reason)
             case RunStart() | Result() | RunStop():
-                n_ended = hand_on(merger.take(message))
-        before = source.position()
+                outputs = list(merger.take(message))
         if time.monotonic() >= due:
             offer(merger.interim(), sinks)
-            n_ended += hand_on(merger.given_up())
+            outputs += merger.given_up()
             due = time.monotonic() + publish_every
-        if runs is not None and n_ended:
+        began = {key: began.get(key, before) for key in merger.open_runs}
+        before = source.position()
+        if outputs:
+            deliver(outputs, sinks)
+        n_ended = sum(isinstance(output, RunStop) for output in outputs)
+        if n_ended and position is not None:
+            _save(position, _earliest([*began.values(), before]), merger.ended)
+        if runs is not None:
             runs -= n_ended
         if stop.is_set() or (runs is not None and runs <= 0):
             return
+
+
+def saved(position: Path | None) -> tuple[Position, list[Key]]:
+    """Return where to go on, and the runs that are done; nothing if the file is not there.
+
+    Raises
+    ------
+    CheckpointError
+        It cannot be read.
+    """
+    if position is None or not position.exists():
+        return {}, []
+    try:
+        read = _Saved.model_validate_json(position.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise CheckpointError(f"{position}: not the position of a merger: {error}") from None
+    return read.position, read.ended
+
+
+class _Saved(BaseModel):
+    position: dict[str, int]
+    ended: list[Key]
+
+
+def _save(path: Path, position: Position, ended: list[Key]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(_Saved(position=dict(position), ended=ended).model_dump_json())
+        temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot write the position: {error.strerror}") from error
 
 
 def _earliest(positions: Sequence[Position]) -> Position:

@@ -389,6 +389,7 @@ class Pipeline:
                 run = saved.running.start.run
                 raise CheckpointError(f"{self._checkpoints}: run {run} in it is of another source: {error}") from error
             _log.info("%s is of another source, which is done", self._checkpoints)
+        self._position = self._source.position()
         if saved.running is not None:
             self._resume_run(saved.running)
 

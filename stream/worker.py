@@ -167,10 +167,10 @@ class Worker:
         except Superseded as error:
             _log.warning("region %d ends here: %s", region, error)
         except (SourceError, SinkError) as error:
-            if time.monotonic() - begin < STEADY:
+            if time.monotonic() - begin < STEADY and not stop.is_set():
                 self._failed = error
             else:
-                _log.warning("region %d begins again: %s", region, error)
+                _log.warning("region %d ends here: %s", region, error)
         except BaseException as error:  # noqa: BLE001 - raised again by `run`
             self._failed = error
 

@@ -7,9 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stream import checkpoint
 from stream.merger import Merger
-from stream.merging import merge
+from stream.merging import merge, saved
 from stream.messages import FrameBatch, Rejected, Result, RunStart, RunStop
 from stream.operators.intensity import Intensity
 from stream.operators.multitau import MultiTau
@@ -191,12 +190,14 @@ def test_runs_of_which_some_regions_have_begun_the_next_are_kept_apart():
 def test_killed_and_restarted_it_gives_the_same_answer_and_does_not_repeat_what_is_done(tmp_path):
     first, second = run_of("run-1"), run_of("run-2")
     messages = list(interleaved([partials([*first, *second], region) for region in range(REGIONS)], 3))
-    store = checkpoint.File(tmp_path / "position")
+    position = tmp_path / "position"
     ends = [i for i, each in enumerate(messages) if isinstance(each, RunStop) and each.run == "run-1"]
     killed = [*messages[: ends[-1] + 20], OSError("killed")]
     with pytest.raises(OSError, match="killed"):
-        merged(killed, store=store)
-    sink = merged(messages, store=store)
+        merged(killed, position=position)
+    begin, ended = saved(position)
+    assert begin["message"] <= ends[-1]
+    sink = merged(messages[begin["message"] :], merger=Merger(operators, patience=1e9, ended=ended))
     assert {run for run, _ in sink.results(final=True)} == {"run-2"}
     assert_same(sink, whole(second))
 
@@ -205,3 +206,60 @@ def test_what_cannot_be_read_is_skipped():
     streams = all_partials(run_of())
     messages = [each for message in interleaved(streams, 2) for each in (Rejected(reason="poison"), message)]
     assert_same(merged(messages), whole(run_of()))
+
+
+def again(name, start_time):
+    start, *rest = run_of(name)
+    return [replace(start, metadata={**start.metadata, "start_time": start_time}), *rest]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_runs_of_the_same_name_that_began_at_other_times_are_other_runs(seed):
+    messages = [*again("series-1", "2026-11-22T01:00:00+00:00"), *again("series-1", "2026-11-22T02:00:00+00:00")]
+    sink = merged(interleaved([partials(messages, region) for region in range(REGIONS)], seed))
+    assert sum(isinstance(each, RunStop) for each in sink.outputs) == 2
+    assert [each.metadata["start_time"][11:13] for each in sink.outputs if isinstance(each, RunStart)] == ["01", "02"]
+
+
+def test_a_finished_run_does_not_come_back_after_a_restart(tmp_path):
+    streams = all_partials(run_of())
+    merged(interleaved(streams, 0), position=tmp_path / "position")
+    _, ended = saved(tmp_path / "position")
+    assert not merged(streams[2], merger=Merger(operators, give_up=0.0, ended=ended)).outputs
+
+
+def test_regions_that_ended_apart_merge_where_all_of_them_were():
+    messages = run_of()
+    cut_off = [*messages[:11], replace(messages[-1], n_frames=200, exit_status="fail")]
+    longer = [*messages[:12], replace(messages[-1], n_frames=220, exit_status="fail")]
+    streams = [partials(longer if region == 0 else cut_off, region) for region in range(REGIONS)]
+    sink = merged(interleaved(streams, 0))
+    results = sink.results(final=True)
+    assert results["run-1", "ledger"]["missing_regions"].size == 0
+    assert {each.n_frames for each in sink.outputs if isinstance(each, Result)} == {192}
+    assert sink.outputs[-1] == RunStop(run="run-1", n_frames=220, exit_status="fail")
+
+
+def test_a_result_of_few_regions_waits_for_the_others_and_is_replaced_once_they_come():
+    streams = [[each for each in stream if not isinstance(each, RunStop)] for stream in all_partials(run_of())]
+    merger = Merger(operators, patience=1e9)
+    for message in streams[0]:
+        list(merger.take(message))
+    assert not list(merger.interim())
+    for stream in streams[1:]:
+        for message in stream:
+            list(merger.take(message))
+    [ledger] = [each.arrays for each in merger.interim() if each.operator == "ledger"]
+    assert ledger["missing_regions"].size == 0
+
+
+def test_the_image_of_a_region_that_is_left_out_is_not_an_old_one():
+    streams = all_partials(run_of())
+    merger = Merger(operators, patience=1.0)
+    for until, regions in ((64, range(REGIONS)), (256, (0, 1, 3))):
+        for message in (each for region in regions for each in streams[region]):
+            if isinstance(message, RunStart) or (isinstance(message, Result) and message.n_frames <= until):
+                list(merger.take(message))
+        results = {each.operator: each.arrays for each in merger.interim()}
+    assert results["ledger"]["missing_regions"].tolist() == [2]
+    assert np.isnan(results["scattering"]["image"][4:6]).all()

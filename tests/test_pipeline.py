@@ -339,6 +339,22 @@ def test_killed_between_checkpoints_the_source_replays_what_was_not_saved(tmp_pa
     assert_same_results(sink.results(final=True), process(RUN).results(final=True))
 
 
+def test_a_run_whose_end_never_came_ends_where_its_source_stands_also_after_a_restart(tmp_path):
+    path = tmp_path / "checkpoint"
+    with pytest.raises(Killed):
+        messages = [*RUN[:3], killed]
+        Pipeline(ListSource(messages), operators, [], checkpoints=checkpoint.File(path), checkpoint_every=0).run()
+    saved = []
+
+    class Store(checkpoint.File):
+        def save(self, state):
+            saved.append(dict(state.position))
+            super().save(state)
+
+    process([*RUN[:3], *TWO_RUNS[-3:]], checkpoints=Store(path))
+    assert all(saved), "the beginning is no place to go on from"
+
+
 def test_frames_are_taken_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     save, taken, written = checkpoint.save, threading.Event(), []
 

@@ -1,11 +1,15 @@
+import threading
+
 import numpy as np
 import pytest
 
 from stream import wire
 from stream.errors import ConfigError
-from stream.messages import FrameBatch, RunStop
+from stream.kafka_plane import gateway
+from stream.messages import FrameBatch, RunStart, RunStop
 from stream.regions import Regions
 from tests.conftest import events_of, make_start
+from tests.sources import ListSink, ListSource
 
 SHAPE = (7, 5)
 
@@ -46,6 +50,17 @@ def test_the_end_of_a_run_goes_to_every_region():
         (0, 9, "abort"),
         (1, 9, "abort"),
     ]
+
+
+def test_frames_that_cannot_be_cut_do_not_end_a_gateway(caplog):
+    frames = np.ones((2, *SHAPE), "<u2")
+    odd = FrameBatch(run="run-0", first=0, frames=frames[:, :1], timestamp_ns=0)
+    sink = ListSink()
+    ledger = gateway(ListSource([make_start(SHAPE), odd, batch(frames)]), sink, Regions(2), threading.Event())
+    assert [type(each) for each in sink.outputs] == [RunStart] * 2 + [FrameBatch] * 2
+    assert sink.flushed == len(sink.outputs)
+    assert "stray: FrameBatch of run run-0: 1 rows cannot be cut into 2 regions" in caplog.text
+    assert ledger.received == 2
 
 
 def test_more_regions_than_rows_are_refused():

@@ -151,6 +151,7 @@ class Scattering:
         self._alive = state["alive"].copy()
         self._n_alive = self._alive_per_bin()
         self._totals = state["totals"].copy()
+        self._merged = {}
         self._counts.length = self._pixel_frames.length = length
         self._counts.sums = state["counts"].copy()
         self._pixel_frames.sums = state["pixel_frames"].copy()
