@@ -341,9 +341,9 @@ def test_killed_between_checkpoints_the_source_replays_what_was_not_saved(tmp_pa
 
 def test_a_run_whose_end_never_came_ends_where_its_source_stands_also_after_a_restart(tmp_path):
     path = tmp_path / "checkpoint"
+    store = checkpoint.File(path)
     with pytest.raises(Killed):
-        messages = [*RUN[:3], killed]
-        Pipeline(ListSource(messages), operators, [], checkpoints=checkpoint.File(path), checkpoint_every=0).run()
+        Pipeline(ListSource([*RUN[:3], killed]), operators, [], checkpoints=store, checkpoint_every=0).run()
     saved = []
 
     class Store(checkpoint.File):
