@@ -230,12 +230,13 @@ def gateway(
     """
     from stream import kafka_plane
     from stream.assembly import source_of
-    from stream.config import SourceSection
+    from stream.config import check
     from stream.regions import Regions
 
     where, properties = _kafka(to), kafka_plane.read_properties(kafka_properties)
-    section = SourceSection(address=source, **_given({"channel": channel}))
-    section = section.model_copy(update=_given({"frame_time": frame_time}))
+    given = {"address": source, "channel": channel, "frame_time": frame_time and f"{frame_time!r} s"}
+    document = _given({"source": given, "qmap": "any"})  # which is not asked for
+    section = check(document, lambda place: f"{_option(place, document)}: ").source
     kafka_plane.create_topics(where, properties, regions, retention_bytes=round(keep * 1e9))
     with (
         _stopped_by_signals() as stop,

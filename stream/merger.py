@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from stream.errors import CheckpointError
 from stream.ledger import Ledger
 from stream.messages import Arrays, Output, Result, RunStart, RunStop
 from stream.protocols import Operator
@@ -192,9 +193,10 @@ class Merger:
         # Regions end apart if a gateway was killed amid a batch: then what they have in common is the result.
         n_frames = _common(complete.values())
         regions = sorted(complete) if n_frames else []
+        results = list(_merged(run, regions, n_frames, final=True))
         worst = max(stops, key=lambda stop: ("success", "abort", "fail").index(stop.exit_status))
-        exit_status = "fail" if len(regions) < run.wanted else worst.exit_status
-        yield from _merged(run, regions, n_frames, final=True)
+        exit_status = "fail" if results[-1].arrays["missing_regions"].size else worst.exit_status
+        yield from results
         yield RunStop(run=key[0], n_frames=max(stop.n_frames for stop in stops), exit_status=exit_status)
         del self._runs[key]
         self._ended[key] = None
@@ -221,13 +223,19 @@ def _whole(start: RunStart) -> RunStart:
 def _merged(run: _Run, regions: list[int], n_frames: int, *, final: bool) -> Iterator[Result]:
     """Yield the results of every operator, merged in the order of regions, and the ledger."""
     name = next(iter(run.regions.values())).start.run
-    if regions:
-        for operators in zip(*(_restored(run.regions[region], n_frames) for region in regions), strict=True):
-            first, *others = operators
+    restored: dict[int, Sequence[Operator]] = {}
+    for region in regions:
+        try:
+            restored[region] = _restored(run.regions[region], n_frames)
+        except (CheckpointError, KeyError, ValueError) as error:
+            _log.warning("run %s: region %d cannot be merged: %s", name, region, error)
+    if restored:
+        for first, *others in zip(*restored.values(), strict=True):
             for other in others:
                 first.merge(other)
             yield Result(run=name, operator=first.name, n_frames=n_frames, final=final, arrays=first.result())
-    yield Result(run=name, operator="ledger", n_frames=n_frames, final=final, arrays=_ledger(run, regions))
+    ledger = _ledger(run, list(restored))
+    yield Result(run=name, operator="ledger", n_frames=n_frames, final=final, arrays=ledger)
 
 
 def _restored(region: _Region, n_frames: int) -> Sequence[Operator]:

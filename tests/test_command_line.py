@@ -484,3 +484,26 @@ def test_help_imports_nothing_slow():
     code = "import sys, stream.__main__; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert {"numba", "h5py", "numpy", "matplotlib", "pint", "pydantic", "zmq"}.isdisjoint(loaded.split())
+
+
+def test_an_option_that_a_source_of_a_gateway_does_not_have_is_named(tmp_path):
+    said = xpcs_stream(
+        "gateway", "--source", "any.h5", "--channel", "1", "--to", "kafka://127.0.0.1:1/x", "--regions", 2
+    )
+    assert said.exit_code == 1
+    assert 'xpcs-stream: --channel: not an option of "any.h5"' in said.output
+
+
+@pytest.mark.parametrize("address", ["kafka://127.0.0.1:9092", "kafka://127.0.0.1/x", "kafka://127.0.0.1:9092/x/y"])
+def test_an_address_of_kafka_names_a_broker_and_a_beamline(address):
+    said = xpcs_stream("gateway", "--source", "any.h5", "--to", address, "--regions", 2)
+    assert said.exit_code == 1
+    assert f'"{address}" must name a broker and a beamline' in said.output
+
+
+def test_kafka_properties_that_are_none_are_named_with_their_line(tmp_path):
+    (tmp_path / "kafka.properties").write_text("# ours\nsecurity.protocol=SSL\nnonsense\n")
+    options = ("--to", "kafka://127.0.0.1:1/x", "--regions", 2, "--kafka-properties", tmp_path / "kafka.properties")
+    said = xpcs_stream("gateway", "--source", "any.h5", *options)
+    assert said.exit_code == 1
+    assert f"{tmp_path / 'kafka.properties'}:3: not a name=value" in said.output

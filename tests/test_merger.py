@@ -263,3 +263,23 @@ def test_the_image_of_a_region_that_is_left_out_is_not_an_old_one():
         results = {each.operator: each.arrays for each in merger.interim()}
     assert results["ledger"]["missing_regions"].tolist() == [2]
     assert np.isnan(results["scattering"]["image"][4:6]).all()
+
+
+@pytest.mark.parametrize("damage", [{"levels": 3}, {"delays_per_level": 8}, None])
+def test_a_region_correlated_otherwise_or_damaged_is_left_out_and_named(damage, caplog):
+    streams = all_partials(run_of())
+    for i, message in enumerate(streams[1]):
+        if isinstance(message, Result) and message.operator == "multitau":
+            start = streams[1][0]
+            other = MultiTau(start, ROIMAP, **(damage or {}))
+            other.miss(message.n_frames)
+            arrays = dict(other.partial())
+            if damage is None:
+                del arrays["weights"]
+            streams[1][i] = replace(message, arrays=arrays)
+    sink = merged(interleaved(streams, 0))
+    results = sink.results(final=True)
+    assert results["run-1", "ledger"]["missing_regions"].tolist() == [1]
+    assert np.isfinite(results["run-1", "multitau"]["g2"]).any()
+    assert "region 1 cannot be merged" in caplog.text
+    assert sink.outputs[-1].exit_status == "fail"
