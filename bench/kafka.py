@@ -39,15 +39,16 @@ REGIONS = 4
 WORKERS = 2
 BATCH = 16
 FRAMES = 1024
-PACED_FRAMES = 300
-PACE = 0.02
-"""Seconds between the frames of the latency run."""
+PACED_FRAMES = 1000
+PACE = 0.01
+"""Seconds between the frames of the latency run: about half of the maximal rate."""
+PUBLISH_EVERY = 0.1
 ROUNDS = 3
 PORT = 29192
 
 
 def figures() -> Iterator[Figure]:
-    """Send uint16 frames (mean 1 count) of 512 x 512 pixels in 4 regions to 2 workers."""
+    """Send uint16 frames (mean 1 count) of 512 x 512 pixels in 4 regions to 2 workers; then 100 frames per second."""
     with tempfile.TemporaryDirectory() as folder, Broker(Path(folder) / "kafka", port=PORT) as broker:
         bench = _Beamline(Path(folder), broker.bootstrap)
         bench.through(BATCH, BATCH, 0)  # compilers, and the broker's own warm-up
@@ -118,8 +119,8 @@ class _Beamline:
         source = _Frames(poisson(SHAPE, batch, 1), n, pace, lambda each: sent.update({each.first + batch: time.time()}))
         stop = threading.Event()
         with ExitStack() as stack:
-            for _ in range(WORKERS):
-                stack.enter_context(self._worker(where, pace or 1.0))
+            for share in (REGIONS, REGIONS // WORKERS):
+                _until(stack.enter_context(self._worker(where)), "begins here", share)
             sink = stack.enter_context(kafka_plane.frames_sink(where, {}, stop))
             topic = kafka_plane.partials_topic(where.rsplit("/", 1)[1])
             results = stack.enter_context(KafkaResults(self._bootstrap, topic))
@@ -166,9 +167,9 @@ class _Beamline:
         """Return the seconds from the kill of one of two workers until the other has its regions."""
         where = f"{self._bootstrap}/bench-{uuid.uuid4().hex}"
         kafka_plane.create_topics(where, {}, REGIONS, retention_bytes=10**10)
-        with self._worker(where, 1.0) as first:
+        with self._worker(where) as first:
             _until(first, "begins here", REGIONS)
-            with self._worker(where, 1.0) as second:
+            with self._worker(where) as second:
                 _until(second, "begins here", REGIONS // 2)
                 first.kill()
                 begin = time.perf_counter()
@@ -176,8 +177,8 @@ class _Beamline:
                 return time.perf_counter() - begin
 
     @contextmanager
-    def _worker(self, where: str, publish_every: float) -> Iterator["subprocess.Popen[str]"]:
-        options = ("--checkpoints", str(self._folder / "checkpoints"), "--publish-every", f"{publish_every} s")
+    def _worker(self, where: str) -> Iterator["subprocess.Popen[str]"]:
+        options = ("--checkpoints", str(self._folder / "checkpoints"), "--publish-every", f"{PUBLISH_EVERY} s")
         command = (
             "-v",
             "worker",

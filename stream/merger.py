@@ -146,7 +146,7 @@ class Merger:
         """Yield what is new since the last call, of every run that is open."""
         for run in self._runs.values():
             n_frames, regions = self._newest(run)
-            if (n_frames, len(regions)) > run.published:
+            if n_frames and (n_frames, len(regions)) > run.published:
                 run.published = n_frames, len(regions)
                 yield from _merged(run, regions, n_frames, final=False)
 

@@ -137,6 +137,17 @@ def test_interim_results_are_those_of_a_frame_that_all_regions_have_reached():
     assert not list(merger.interim()), "nothing is new"
 
 
+def test_before_there_is_a_frame_in_common_there_is_no_result(caplog):
+    streams = all_partials(run_of())
+    merger = Merger(operators, patience=1e9)
+    for region, stream in enumerate(streams):
+        due = [each for each in stream if isinstance(each, Result) and each.n_frames == (64 if region else 128)]
+        for message in [stream[0], *due]:
+            list(merger.take(message))
+    assert not list(merger.interim())
+    assert not caplog.text
+
+
 def test_a_region_far_behind_is_left_out_and_named_until_it_has_caught_up():
     streams = all_partials(run_of())
     merger = Merger(operators, patience=1.0)
