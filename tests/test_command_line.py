@@ -243,7 +243,7 @@ def test_a_run_that_is_left_says_where_it_goes_on(tmp_path, qmap, free):
 @pytest.mark.parametrize("error", ["static", "pixel"])
 def test_nothing_is_left_to_compile_when_frames_come(error):
     code = f"""
-import gc, numpy as np
+import gc, sys, numpy as np
 from numba.core.dispatcher import Dispatcher
 from stream.assembly import compile_kernels
 from stream.messages import DTYPES, FrameBatch
@@ -256,7 +256,7 @@ def make(start):
     return [MultiTau(start, roimap, error={error!r}), Scattering(start, roimap), Intensity(start, roimap)]
 def compiled():
     return sum(len(kernel.signatures) for kernel in gc.get_objects() if isinstance(kernel, Dispatcher))
-compile_kernels(make, roimap, print)
+compile_kernels(make, roimap, sys.stderr.write)
 before = compiled()
 for dtype in DTYPES:
     frames = np.random.default_rng(0).poisson(1.0, (100, *roimap.shape)).astype(dtype)
