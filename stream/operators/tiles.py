@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Self, TypeVar
 
@@ -113,4 +113,6 @@ class Threads:
 
         if self._pool is None:
             return work(0)
-        return [result for done in list(self._pool.map(work, range(self.n))) for result in done]
+        working = [self._pool.submit(work, thread) for thread in range(self.n)]
+        wait(working)  # for all of them, also where one has failed
+        return [result for done in working for result in done.result()]
