@@ -90,11 +90,6 @@ class Worker:
         member = {"group.id": group} | ({"group.instance.id": name} if name else {})
         self._group = cluster.client(Consumer, fixed={**GROUP, **member})
 
-    @property
-    def regions(self) -> list[int]:
-        """Return the regions that are served now."""
-        return sorted(self._serving)
-
     def run(self, stop: threading.Event) -> None:
         """Serve regions until `stop` is set.
 
@@ -171,7 +166,7 @@ class Worker:
                 self._failed = error
             else:
                 _log.warning("region %d ends here: %s", region, error)
-        except BaseException as error:  # noqa: BLE001 - raised again by `run`
+        except BaseException as error:  # noqa: BLE001 - of a thread: raised again by `run`
             self._failed = error
 
 

@@ -19,6 +19,7 @@ from stream.errors import ConfigError, DecodeError, SourceError
 from stream.ingest import nexus
 from stream.ingest.dectris_messages import Pixels
 from stream.ingest.photons import Photons, is_dim
+from stream.ingest.position import frame_at, place_of
 from stream.messages import Events, ExitStatus, FrameBatch, Message, Position, Rejected, RunStop
 from stream.wire import MAX_FRAME_BYTES
 
@@ -119,7 +120,6 @@ class Hdf5Source:
         limit = self._start.saturation_value
         self._limit = np.iinfo(self._start.dtype).max if limit is None else limit
         self._was_dim = True
-        self._place = f"{self._start.run}:frame"
         self._next = -1
 
     def __enter__(self) -> Self:
@@ -142,7 +142,7 @@ class Hdf5Source:
 
     def position(self) -> Position:
         """Return the run and its next frame: -1 before the RunStart, one more than it has after the RunStop."""
-        return {self._place: self._next}
+        return {place_of(self._start.run): self._next}
 
     def seek(self, position: Position) -> None:
         """Go to a `position`; an empty one is the beginning.
@@ -152,12 +152,7 @@ class Hdf5Source:
         SourceError
             It is that of another source, or the file has no such frame.
         """
-        if position.keys() - {self._place}:
-            raise SourceError(f"{self._start.run}: {dict(position)} is a position of another source: not {self._place}")
-        frame = position.get(self._place, -1)
-        if not -1 <= frame <= self._n_frames + 1:
-            raise SourceError(f"{self._start.run}: position {frame} is outside a file of {self._n_frames} frames")
-        self._next = frame
+        self._next = frame_at(position, self._start.run, self._n_frames)
 
     def _read(self) -> Iterator[Message]:
         """Read to the end of a batch and yield the good frames, and one Rejected for each stretch of bad ones."""

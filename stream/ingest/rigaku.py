@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from stream.errors import ConfigError, SourceError
 from stream.ingest import nexus
+from stream.ingest.position import frame_at, place_of
 from stream.messages import Events, FrameBatch, Message, Position, RunStop
 from stream.wire import check_events
 
@@ -88,7 +89,6 @@ class RigakuSource:
         self._start = nexus.run_start(path, said, shape, np.dtype("<u2"), self._n_frames, frame_time)
         self._start_ns = nexus.start_ns(path, said)
         self._batch = batch
-        self._place = f"{self._start.run}:frame"
         self._next = -1
 
     def __enter__(self) -> Self:
@@ -113,7 +113,7 @@ class RigakuSource:
 
     def position(self) -> Position:
         """Return the run and its next frame: -1 before the RunStart, one more than it has after the RunStop."""
-        return {self._place: self._next}
+        return {place_of(self._start.run): self._next}
 
     def seek(self, position: Position) -> None:
         """Go to a `position`; an empty one is the beginning.
@@ -123,12 +123,7 @@ class RigakuSource:
         SourceError
             It is that of another source, or the file has no such frame.
         """
-        if position.keys() - {self._place}:
-            raise SourceError(f"{self._start.run}: {dict(position)} is a position of another source: not {self._place}")
-        frame = position.get(self._place, -1)
-        if not -1 <= frame <= self._n_frames + 1:
-            raise SourceError(f"{self._start.run}: position {frame} is outside a file of {self._n_frames} frames")
-        self._next = frame
+        self._next = frame_at(position, self._start.run, self._n_frames)
 
     def _read(self) -> Events:
         n = min(self._batch, self._n_frames - self._next)
