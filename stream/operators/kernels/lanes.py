@@ -56,6 +56,12 @@ def _element(context: Any, builder: Any, signature: Any, arguments: Any, which: 
     return builder.gep(array.data, [index])
 
 
+def _at(context: Any, builder: Any, signature: Any, arguments: Any, width: int) -> Any:
+    """Return the pointer to element `arguments[1]`, of `width` bits, of those that begin at address `arguments[0]`."""
+    base, index = (context.cast(builder, a, t, types.intp) for a, t in zip(arguments, signature.args, strict=True))
+    return builder.gep(builder.inttoptr(base, ir.IntType(width).as_pointer()), [index])
+
+
 def _widened(builder: Any, pointer: Any) -> Any:
     element = pointer.type.pointee
     values = builder.load(builder.bitcast(pointer, _vector(element).as_pointer()), align=element.width // 8)
@@ -76,11 +82,7 @@ def _load_from(width: int) -> Callable[..., Any]:
     @_intrinsic
     def load_from(_: Any, address: Any, index: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            base, index = (
-                context.cast(builder, a, t, types.intp) for a, t in zip(arguments, signature.args, strict=True)
-            )
-            pointer = builder.inttoptr(base, ir.IntType(width).as_pointer())
-            return _widened(builder, builder.gep(pointer, [index]))
+            return _widened(builder, _at(context, builder, signature, arguments, width))
 
         return _lanes(address, index), codegen
 
@@ -96,11 +98,8 @@ def _read_from(width: int) -> Callable[..., Any]:
     @_intrinsic
     def read_from(_: Any, address: Any, index: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            base, index = (
-                context.cast(builder, a, t, types.intp) for a, t in zip(arguments, signature.args, strict=True)
-            )
-            pointer = builder.inttoptr(base, ir.IntType(width).as_pointer())
-            return builder.zext(builder.load(builder.gep(pointer, [index]), align=1), _I64)
+            pointer = _at(context, builder, signature, arguments, width)
+            return builder.zext(builder.load(pointer, align=1), _I64)
 
         return types.int64(address, index), codegen
 
