@@ -13,6 +13,7 @@ from bench.picture import draw
 NAMES = {
     "multitau": "pixel-frames per second of the kernels, against other programs and the machine's limits",
     "kafka": "frames per second through Kafka into one merged g2, against the bare client; latency, failover",
+    "zmq": "the same through the ZeroMQ plane",
     "stream": "frames per second over ZeroMQ into g2, against receiving only; latency from frame to result",
 }
 

@@ -2,13 +2,10 @@
 
 import importlib.metadata
 import logging
-import os
-import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -16,15 +13,15 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from stream import plane_commands
 from stream.errors import ConfigError, SinkError, XpcsStreamError
+from stream.options import FrameTime, Qmap, measured, only_given, option_of, stopped_by_signals
 
 # Only what `--help` needs is imported up here: numba, h5py, matplotlib, pint and pydantic take their time.
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from stream.assembly import Make
-    from stream.config import Configuration, Place
-    from stream.operators.roimap import RoiMap
+    from stream.config import Configuration
     from stream.sinks.dectris import DectrisSink
     from stream.sinks.faults import Faults
     from stream.sinks.zmq import ZmqSink
@@ -100,36 +97,8 @@ def main(
     )
 
 
-def _measured(unit: str) -> Any:
-    """Return the reader of an option that is given with its unit."""
-
-    def quantity_of(text: str | float) -> float:
-        from stream.units import quantity
-
-        if isinstance(text, float):  # the default
-            return text
-        try:
-            value = quantity(text, unit)
-        except ConfigError as error:
-            raise typer.BadParameter(str(error)) from None
-        if value <= 0:
-            raise typer.BadParameter(f'"{text}" is not above 0')
-        return value
-
-    return quantity_of
-
-
-Qmap = Annotated[Path, typer.Option(help="Map of pixels to q bins (HDF5: pySimpleMask, NXxpcs).", metavar="FILE")]
 To = Annotated[str, typer.Option(help="zmq+dectris://HOST:PORT or zmq://HOST:PORT to listen on.", metavar="ADDRESS")]
 StreamVersion = Annotated[Literal["1", "2"], typer.Option(help="Version of the DECTRIS stream.")]
-FrameTime = Annotated[
-    float | None,
-    typer.Option(
-        parser=_measured("s"),
-        metavar="TIME",
-        help='Start to start of frames, for an HDF5 file that does not tell: "500 us".',
-    ),
-]
 Unpaced = Annotated[bool, typer.Option("--as-fast-as-possible", help="Send without waiting, whatever the rate.")]
 
 
@@ -170,7 +139,7 @@ def run(
     """
     from stream.config import check, load
 
-    given = _given(
+    given = only_given(
         {
             "source": {"address": source, "channel": channel, "frame_time": frame_time},
             "qmap": qmap,
@@ -184,202 +153,12 @@ def run(
     if config is None:
         if source is None or qmap is None:
             raise typer.BadParameter("give a CONFIG file, or --source and --qmap")
-        configuration = check(given, lambda place: f"{_option(place, given)}: ")
+        configuration = check(given, lambda place: f"{option_of(place, given)}: ")
     elif given == {"sinks": ["console"]}:
         configuration = load(config)
     else:
         raise typer.BadParameter(f"{config} says what to do; beside it only --runs can be given")
     _correlate(configuration, runs, ctx.obj)
-
-
-KafkaProperties = Annotated[
-    Path | None,
-    typer.Option(
-        "--kafka-properties",
-        metavar="FILE",
-        help="Settings of librdkafka, name=value a line. Secrets stand elsewhere: sasl.password=file:PATH or env:NAME.",
-    ),
-]
-
-
-def _kafka(text: str) -> str:
-    """Return host:port/beamline of a kafka:// address."""
-    from stream.config import address
-
-    where = address(text)
-    if where.transport != "kafka":
-        raise typer.BadParameter(f'"{text}" is not kafka://HOST:PORT/BEAMLINE')
-    return where.target
-
-
-@app.command()
-def gateway(
-    source: Annotated[str, typer.Option(help="Where frames come from.", metavar="ADDRESS")],
-    to: Annotated[str, typer.Option(help="kafka://HOST:PORT/BEAMLINE", metavar="ADDRESS")],
-    regions: Annotated[int, typer.Option(min=1, max=4096, help="Bands of rows, each a partition of Kafka.")],
-    channel: Annotated[str | None, typer.Option(help="Threshold channel of a DECTRIS stream.")] = None,
-    frame_time: FrameTime = None,
-    keep: Annotated[float, typer.Option(help="GB of frames that Kafka keeps of each region.")] = 10.0,
-    kafka_properties: KafkaProperties = None,
-) -> None:
-    """Send a detector's frames to Kafka, cut into regions for the workers.
-
-    The topics are made if they are not there: BEAMLINE.xpcs.frames and BEAMLINE.xpcs.partials.
-
-    xpcs-stream gateway --source zmq+dectris://127.0.0.1:31001 --to kafka://127.0.0.1:9092/8idi --regions 4
-    """
-    from stream import kafka_plane
-    from stream.assembly import source_of
-    from stream.config import check
-    from stream.regions import Regions
-
-    where, properties = _kafka(to), kafka_plane.read_properties(kafka_properties)
-    given = {"address": source, "channel": channel, "frame_time": frame_time and f"{frame_time!r} s"}
-    document = _given({"source": given, "qmap": "any"})  # which is not asked for
-    section = check(document, lambda place: f"{_option(place, document)}: ").source
-    kafka_plane.create_topics(where, properties, regions, retention_bytes=round(keep * 1e9))
-    with (
-        _stopped_by_signals() as stop,
-        kafka_plane.frames_sink(where, properties, stop) as sink,
-        source_of(section, photons=True) as frames,
-    ):
-        typer.echo(f"taking frames from {source}", err=True)
-        ledger = kafka_plane.gateway(frames, sink, Regions(regions), stop)
-        typer.echo(
-            f"sent {ledger.received:,} frames to {regions} regions of {to}, {ledger.lost:,} lost before", err=True
-        )
-
-
-@app.command()
-def worker(
-    source: Annotated[str, typer.Option(help="kafka://HOST:PORT/BEAMLINE", metavar="ADDRESS")],
-    qmap: Qmap,
-    checkpoints: Annotated[
-        Path, typer.Option(help="Directory that all workers of the beamline reach; a region goes on from there.")
-    ],
-    delays_per_level: Annotated[int, typer.Option(help="4 at the APS.")] = 4,
-    levels: Annotated[int, typer.Option(help="Levels of multi-tau.")] = 16,
-    publish_every: Annotated[
-        float, typer.Option(parser=_measured("s"), metavar="TIME", help='Between partial sums: "1 s".')
-    ] = 1.0,
-    checkpoint_every: Annotated[
-        float, typer.Option(parser=_measured("s"), metavar="TIME", help="What is replayed at most after a kill.")
-    ] = 30.0,
-    threads: Annotated[int | None, typer.Option(help="Threads that correlate; one per core if not given.")] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Keeps its regions for one that is started again under this name within 6 s.")
-    ] = None,
-    kafka_properties: KafkaProperties = None,
-) -> None:
-    """Correlate the regions that this worker is given, together with all others of the beamline.
-
-    Start as many as there are nodes, and stop or kill any of them at any time: the others go on with its regions.
-
-    xpcs-stream worker --source kafka://127.0.0.1:9092/8idi --qmap qmap.h5 --checkpoints checkpoints
-    """
-    from stream import kafka_plane
-    from stream.assembly import compile_kernels
-
-    where, properties = _kafka(source), kafka_plane.read_properties(kafka_properties)
-    make, roimap = _operators(qmap, delays_per_level, levels, threads)
-    compile_kernels(make, roimap, lambda text: typer.echo(text, err=True))
-    with _stopped_by_signals() as stop:
-        kafka_plane.wait_for_topics(where, properties, stop)
-        typer.echo(f"taking regions of {source}", err=True)
-        kafka_plane.worker(
-            where,
-            properties,
-            make,
-            checkpoints=checkpoints,
-            name=name,
-            publish_every=publish_every,
-            checkpoint_every=checkpoint_every,
-        ).run(stop)
-
-
-@app.command("merge")
-def merge_partials(
-    ctx: typer.Context,
-    source: Annotated[str, typer.Option(help="kafka://HOST:PORT/BEAMLINE", metavar="ADDRESS")],
-    qmap: Qmap,
-    out: Annotated[
-        str | None, typer.Option(help="Result file, NXxpcs; {run} in it stands for the run.", metavar="FILE")
-    ] = None,
-    publish: Annotated[str | None, typer.Option(help="Publish results at zmq://HOST:PORT.", metavar="ADDRESS")] = None,
-    position: Annotated[
-        Path | None, typer.Option(help="Keep here which runs are done, so that a restart does not repeat them.")
-    ] = None,
-    delays_per_level: Annotated[int, typer.Option(help="As the workers.")] = 4,
-    levels: Annotated[int, typer.Option(help="As the workers.")] = 16,
-    publish_every: Annotated[
-        float, typer.Option(parser=_measured("s"), metavar="TIME", help='Between interim results: "1 s".')
-    ] = 1.0,
-    patience: Annotated[
-        float,
-        typer.Option(
-            parser=_measured("s"), metavar="TIME", help="A region that is further behind is left out for now."
-        ),
-    ] = 10.0,
-    runs: Annotated[int | None, typer.Option(min=1, help="Stop after so many runs.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No live display.")] = False,
-    kafka_properties: KafkaProperties = None,
-) -> None:
-    """Add up what the workers know of their regions. Prints the name of every result file.
-
-    xpcs-stream merge --source kafka://127.0.0.1:9092/8idi --qmap qmap.h5 --out result-{run}.h5
-    """
-    from stream import kafka_plane
-    from stream.assembly import sink_of
-    from stream.config import check
-
-    where, properties = _kafka(source), kafka_plane.read_properties(kafka_properties)
-    make, roimap = _operators(qmap, delays_per_level, levels, None)
-    multitau = {"delays_per_level": delays_per_level, "levels": levels}
-    sinks = [sink for sink in (None if quiet else "console", out, publish) if sink]
-    configuration = check(
-        {
-            "source": {"address": source},
-            "qmap": str(qmap),
-            "operators": {"multitau": multitau},
-            "sinks": sinks or ["console"],
-        }
-    )
-    with _stopped_by_signals() as stop, ExitStack() as stack:
-        open_sinks = [
-            stack.enter_context(sink_of(text, configuration, roimap, ctx.obj, typer.echo))
-            for text in configuration.sinks
-            if sinks
-        ]
-        kafka_plane.wait_for_topics(where, properties, stop)
-        typer.echo(f"taking partial sums from {source}", err=True)
-        kafka_plane.merging(
-            where,
-            properties,
-            make,
-            open_sinks,
-            position=position,
-            publish_every=publish_every,
-            patience=patience,
-            runs=runs,
-            stop=stop,
-        )
-
-
-def _operators(qmap: Path, delays_per_level: int, levels: int, threads: int | None) -> "tuple[Make, RoiMap]":
-    """Return what makes the operators of a region, and the map."""
-    from stream.assembly import operators_of, there
-    from stream.config import check
-    from stream.operators.roimap_file import read
-
-    document = {
-        "source": {"address": "any.h5"},  # where frames come from is not asked for
-        "qmap": str(qmap),
-        "operators": {"multitau": {"delays_per_level": delays_per_level, "levels": levels}},
-        "threads": threads,
-    }
-    configuration = check(_given(document), lambda place: f"{_option(place, document)}: ")
-    roimap = read(there(qmap))
-    return operators_of(configuration, roimap), roimap
 
 
 @app.command("compile")
@@ -395,25 +174,6 @@ def compile_ahead() -> None:
     from stream.assembly import compile_all
 
     compile_all(lambda text: typer.echo(text, err=True))
-
-
-def _given(document: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what is None or empty, at every depth."""
-    nested = {name: _given(value) if isinstance(value, dict) else value for name, value in document.items()}
-    return {name: value for name, value in nested.items() if value not in (None, {}, [])}
-
-
-def _option(place: "Place", given: Mapping[str, Any]) -> str:
-    """Return the option that says what stands at a place of the configuration."""
-    match place:
-        case ("source", "address", *_):
-            return "--source"
-        case ("checkpoint", *_):
-            return "--checkpoint"
-        case ("sinks", int(index), *_):
-            return "--publish" if given["sinks"][index].startswith("zmq") else "--out"
-        case _:
-            return f"--{place[-1]}".replace("_", "-")
 
 
 def _correlate(configuration: "Configuration", runs: int | None, console: Console) -> None:
@@ -432,13 +192,13 @@ def _correlate(configuration: "Configuration", runs: int | None, console: Consol
     if checkpoint:
         try_to_write(Path(checkpoint.path))
     with ExitStack() as stack:
-        stop = stack.enter_context(_stopped_by_signals())
+        stop = stack.enter_context(stopped_by_signals())
         # The console first: its display has ended when the name of a result file is printed.
         texts = sorted(configuration.sinks, key=lambda text: text != "console")
         sinks = [stack.enter_context(sink_of(text, configuration, roimap, console, typer.echo)) for text in texts]
         # A detector that waits for a receiver must find one that is ready.
         compile_kernels(make, roimap, lambda text: typer.echo(text, err=True))
-        source = stack.enter_context(source_of(configuration.source, photons=True))
+        source = stack.enter_context(source_of(configuration.source, give="photons"))
         typer.echo(f"taking frames from {configuration.source.address}", err=True)
         Pipeline(
             source,
@@ -456,25 +216,6 @@ def _correlate(configuration: "Configuration", runs: int | None, console: Consol
         typer.echo(f"run {run} left at frame {frame} in {checkpoint.path}; start again to go on", err=True)
 
 
-@contextmanager
-def _stopped_by_signals() -> Iterator[threading.Event]:
-    """Yield an Event that SIGINT and SIGTERM set; a second signal ends the process at once."""
-    stop = threading.Event()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def on_signal(number: int, _: FrameType | None) -> None:
-        stop.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, on_signal)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 @app.command()
 def simulate(
     qmap: Qmap,
@@ -484,7 +225,7 @@ def simulate(
     rate: Annotated[
         float,
         typer.Option(
-            parser=_measured("1/s"), metavar="RATE", help="Of the frames; 1 kHz if not given.", show_default=False
+            parser=measured("1/s"), metavar="RATE", help="Of the frames; 1 kHz if not given.", show_default=False
         ),
     ] = 1000.0,
     as_fast_as_possible: Unpaced = False,
@@ -493,7 +234,7 @@ def simulate(
     diffusion: Annotated[
         float,
         typer.Option(
-            parser=_measured("angstrom^2/s"),
+            parser=measured("angstrom^2/s"),
             metavar="D",
             help='|g1| = exp(-D q^2 tau); "1e6 angstrom^2/s" if not given.',
             show_default=False,
@@ -541,7 +282,7 @@ def replay(
     to: To,
     rate: Annotated[
         float | None,
-        typer.Option(parser=_measured("1/s"), metavar="RATE", help='Frames: "1 kHz". As recorded if not given.'),
+        typer.Option(parser=measured("1/s"), metavar="RATE", help='Frames: "1 kHz". As recorded if not given.'),
     ] = None,
     frame_time: FrameTime = None,
     stream: StreamVersion = "2",
@@ -588,7 +329,7 @@ def _detector(to: str, stream: str, faults: "Faults") -> Iterator[tuple["Dectris
     from stream.sinks.zmq import ZmqSink
 
     where = address(to)
-    with _stopped_by_signals() as stop:
+    with stopped_by_signals() as stop:
         try:
             sink: DectrisSink | ZmqSink
             match where.transport:
@@ -634,7 +375,7 @@ def inspect(
             opened = frames_of(what, None, frame_time)
         except ConfigError:
             is_told, opened = False, frames_of(what, None, frame_time, otherwise=1.0)
-        with _stopped_by_signals() as stop, opened as source:
+        with stopped_by_signals() as stop, opened as source:
             facts = dict(inspection.of_frames(source, stop, frames))
         if not is_told:
             facts |= {"frame time": "not told", "count time": "not told"}
@@ -664,9 +405,9 @@ def qmap(
     shape: Annotated[str, typer.Option(help="Rows and columns of the detector: 514x1030.", metavar="ROWSxCOLUMNS")],
     beam_center_x: Annotated[float, typer.Option(help="Column of the direct beam (pixel).")],
     beam_center_y: Annotated[float, typer.Option(help="Row of the direct beam (pixel).")],
-    detector_distance: Annotated[float, typer.Option(parser=_measured("m"), metavar="LENGTH", help='"5 m"')],
-    pixel_size: Annotated[float, typer.Option(parser=_measured("m"), metavar="LENGTH", help='"75 um"')],
-    incident_energy: Annotated[float, typer.Option(parser=_measured("keV"), metavar="ENERGY", help='"11 keV"')],
+    detector_distance: Annotated[float, typer.Option(parser=measured("m"), metavar="LENGTH", help='"5 m"')],
+    pixel_size: Annotated[float, typer.Option(parser=measured("m"), metavar="LENGTH", help='"75 um"')],
+    incident_energy: Annotated[float, typer.Option(parser=measured("keV"), metavar="ENERGY", help='"11 keV"')],
     out: Annotated[Path, typer.Option(help="Map file to write (HDF5, as pySimpleMask).", metavar="FILE")],
     mask: Annotated[
         Path | None,
@@ -676,10 +417,10 @@ def qmap(
     n_static: Annotated[int, typer.Option(help="Rings that g2 is normalised in; a multiple of n-dynamic.")] = 90,
     n_phi: Annotated[int, typer.Option(help="Sectors of every ring.")] = 1,
     q_min: Annotated[
-        float | None, typer.Option(parser=_measured("1/angstrom"), metavar="Q", help='"0.002 1/angstrom"')
+        float | None, typer.Option(parser=measured("1/angstrom"), metavar="Q", help='"0.002 1/angstrom"')
     ] = None,
     q_max: Annotated[
-        float | None, typer.Option(parser=_measured("1/angstrom"), metavar="Q", help='"0.03 1/angstrom"')
+        float | None, typer.Option(parser=measured("1/angstrom"), metavar="Q", help='"0.03 1/angstrom"')
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the map.", metavar="FILE")] = None,
 ) -> None:
@@ -739,44 +480,14 @@ def show(
     typer.echo(out)
 
 
-@app.command()
-def broker(
-    directory: Annotated[
-        Path | None,
-        typer.Option(
-            help="Where records, settings and log lie; ~/.local/share/xpcs-stream/kafka if not given.", metavar="DIR"
-        ),
-    ] = None,
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 9092,
-    listen: Annotated[
-        str,
-        typer.Option(
-            help="Address of this machine to listen on, and that clients are told. Whoever reaches it may read and "
-            "write everything: only this machine does, if not given.",
-            metavar="ADDRESS",
-        ),
-    ] = "127.0.0.1",
-) -> None:
-    """Run an Apache Kafka broker, for those who have none. Prints its address once it answers.
-
-    It needs Java 17 and, the first time, Maven and the network. It ends on Ctrl-C or SIGTERM; what it was sent stays in
-    DIR for the next start, a week long unless a topic says otherwise.
-
-    xpcs-stream broker --port 9092
-    """
-    from stream.broker import Broker
-
-    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share")
-    kafka = Broker(
-        directory or home / "xpcs-stream/kafka",
-        port=port,
-        listen=listen,
-        say=lambda text: typer.echo(text, err=True),
-    )
-    with _stopped_by_signals() as stop, kafka:
-        typer.echo(kafka.bootstrap)
-        typer.echo(f"records and {kafka.log.name} are in {kafka.directory}", err=True)
-        kafka.watch(stop)
+for command in (
+    plane_commands.gateway,
+    plane_commands.worker,
+    plane_commands.merge,
+    plane_commands.broker,
+    plane_commands.keys,
+):
+    app.command()(command)
 
 
 if __name__ == "__main__":

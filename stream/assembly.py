@@ -18,7 +18,7 @@ from stream.ingest.recording import RecordingSource
 from stream.ingest.rigaku import RigakuSource
 from stream.ingest.simulated import SimulatedSource
 from stream.ingest.zmq import ZmqSource
-from stream.messages import DTYPES, Events, FrameBatch, RunStart
+from stream.messages import DTYPES, Events, FrameBatch, Give, RunStart
 from stream.operators.intensity import Intensity
 from stream.operators.kernels import CACHE
 from stream.operators.multitau import MultiTau
@@ -110,26 +110,26 @@ def _every_kind(start: RunStart) -> Iterator[FrameBatch]:
     yield FrameBatch(run="", first=1 << 20, frames=events, timestamp_ns=0)
 
 
-def source_of(section: SourceSection, *, photons: bool = False) -> Source:
-    """Open where frames come from; `photons`: dim ones may come as `stream.messages.Events`, for operators only."""
+def source_of(section: SourceSection, *, give: Give = "frames") -> Source:
+    """Open where frames come from; `give` "photons" is for operators only, "chunks" for `stream.regions` only."""
     where, options = address(section.address), section.options()
     match where.transport:
         case "dectris":
-            return DectrisSource(where.target, **options, photons=photons)
+            return DectrisSource(where.target, **options, give=give)
         case "zmq":
             return ZmqSource(where.target, **options)
         case "hdf5":
             if "metadata" in options:
                 options["metadata"] = Path(options["metadata"])
-            return Hdf5Source(there(Path(where.target)), **options, photons=photons)
+            return Hdf5Source(there(Path(where.target)), **options, give=give)
         case "rigaku":
             if "metadata" in options:
                 options["metadata"] = Path(options["metadata"])
             return RigakuSource(there(Path(where.target)), **options)
         case "recording":
-            return RecordingSource(there(Path(where.target)), **options, photons=photons)
-        case "kafka":
-            raise ConfigError(f"{section.address}: frames in Kafka are for the workers of a beamline")
+            return RecordingSource(there(Path(where.target)), **options, give=give)
+        case "kafka" | "hub":
+            raise ConfigError(f"{section.address}: what a gateway sends is for the workers of a beamline")
 
 
 def frames_of(text: str, batch: int | None, frame_time: float | None, otherwise: float | None = None) -> Source:
@@ -162,7 +162,7 @@ def sink_of(
 ) -> Sink:
     """Make one of the sinks of a configuration; `on_written` is told the name of each result file."""
     if text == "console":
-        is_live = address(configuration.source.address).transport in ("dectris", "zmq", "kafka")
+        is_live = address(configuration.source.address).transport in ("dectris", "zmq", "hub", "kafka")
         return ConsoleSink(console, q=roimap.dynamic_q.tolist(), is_live=is_live)
     where = address(text)
     if where.transport == "zmq":

@@ -97,6 +97,39 @@ class File:
         save(self._path, checkpoint)
 
 
+class Reader(Protocol):
+    """A source that wants to know what a checkpoint says of it."""
+
+    def begin(self, start: RunStart) -> None:
+        """Take note of the run that frames at its position are of."""
+
+    def acknowledge(self, position: Position) -> None:
+        """Take note that nothing before a position will be asked for again."""
+
+
+class Acknowledged:
+    """A store that tells a source what is read and what is saved."""
+
+    def __init__(self, store: Store, reader: Reader) -> None:
+        self._store = store
+        self._reader = reader
+
+    def __str__(self) -> str:
+        return str(self._store)
+
+    def load(self) -> Checkpoint | None:
+        """Read it, and tell which run goes on; see `Store`."""
+        saved = self._store.load()
+        if saved is not None and saved.running is not None:
+            self._reader.begin(saved.running.start)
+        return saved
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Keep one, then tell that it is safe; see `Store`."""
+        self._store.save(checkpoint)
+        self._reader.acknowledge(checkpoint.position)
+
+
 KEPT = 2
 """Checkpoints of an epoch: should the newest be damaged, there is the one before."""
 
@@ -147,15 +180,15 @@ class Epochs:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write the next of our epoch, and remove what is older than the one before."""
-        if self._is_over():
-            raise Superseded(f"{self._directory}: another owner has taken over")
+        self._check_whose()
         self._number += 1
         try:
             save(self._own / f"{self._number:012d}", checkpoint)
         except CheckpointError:
-            if self._is_over():
-                raise Superseded(f"{self._directory}: another owner has taken over") from None
+            self._check_whose()
             raise
+        # Once more: a new owner that did not find this one needs what came after the one before.
+        self._check_whose()
         for old in self._newest_first()[KEPT:]:
             old.unlink(missing_ok=True)
         if self._number >= KEPT:
@@ -163,11 +196,13 @@ class Epochs:
                 if epoch < int(self._own.name):
                     shutil.rmtree(self._directory / f"{epoch:08d}", ignore_errors=True)
 
-    def _is_over(self) -> bool:
+    def _check_whose(self) -> None:
         try:
-            return not self._own.exists() or max(self._epochs()) > int(self._own.name)
+            is_over = not self._own.exists() or max(self._epochs()) > int(self._own.name)
         except OSError as error:
             raise CheckpointError(f"{self._directory}: cannot be read: {error.strerror}") from error
+        if is_over:
+            raise Superseded(f"{self._directory}: another owner has taken over")
 
     def _epochs(self) -> Iterator[int]:
         return (int(path.name) for path in self._directory.iterdir() if re.fullmatch(r"\d{8}", path.name))

@@ -26,7 +26,7 @@ from pydantic_core import ErrorDetails
 from stream.errors import ConfigError
 from stream.units import quantity
 
-Transport = Literal["dectris", "zmq", "kafka", "hdf5", "recording", "rigaku"]
+Transport = Literal["dectris", "zmq", "hub", "kafka", "hdf5", "recording", "rigaku"]
 
 _SCHEMES: dict[str, Transport] = {"zmq+dectris://": "dectris", "zmq://": "zmq", "kafka://": "kafka"}
 _SUFFIXES: dict[str, Transport] = {
@@ -40,8 +40,10 @@ _SUFFIXES: dict[str, Transport] = {
     ".bin.000": "rigaku",
 }
 MAX_PORT = 65535
-_ADDRESSES = "zmq+dectris://HOST:PORT, zmq://HOST:PORT, kafka://HOST:PORT/BEAMLINE, or a file ({})".format(
-    " ".join(_SUFFIXES)
+_BEAMLINE = r"[A-Za-z0-9._-]{1,200}"
+_ADDRESSES = (
+    "zmq+dectris://HOST:PORT, zmq://HOST:PORT, zmq://HOST:PORT/BEAMLINE, kafka://HOST:PORT/BEAMLINE, "
+    f"or a file ({' '.join(_SUFFIXES)})"
 )
 
 
@@ -51,7 +53,7 @@ class Address:
 
     transport: Transport
     target: str
-    """``tcp://host:port``, the path of a file, or ``host:port/beamline``."""
+    """``tcp://host:port``, ``tcp://host:port/beamline`` of a hub, ``host:port/beamline`` of Kafka, or a path."""
 
 
 def address(text: str) -> Address:
@@ -68,6 +70,8 @@ def address(text: str) -> Address:
             raise ConfigError(f'"{text}": unknown scheme {scheme[0]}; an address is {_ADDRESSES}')
         if scheme[0] == "kafka://":
             return Address("kafka", _kafka(text))
+        if hub := re.fullmatch(rf"zmq://([^/?#@,\s]+:\d+)/({_BEAMLINE})", text):
+            return Address("hub", f"tcp://{hub[1]}/{hub[2]}")
         parts = urlsplit(text)
         port = parts.netloc.rpartition(":")[2]
         if port.isdecimal() and not 1 <= int(port) <= MAX_PORT:
@@ -83,7 +87,7 @@ def address(text: str) -> Address:
 
 
 def _kafka(text: str) -> str:
-    found = re.fullmatch(r"kafka://([^/?#@,\s]+:\d+(?:,[^/?#@,\s]+:\d+)*)/([A-Za-z0-9._-]{1,200})", text)
+    found = re.fullmatch(rf"kafka://([^/?#@,\s]+:\d+(?:,[^/?#@,\s]+:\d+)*)/({_BEAMLINE})", text)
     if found is None:
         raise ConfigError(f'"{text}" must name a broker and a beamline, e.g. "kafka://127.0.0.1:9092/8idi"')
     return f"{found[1]}/{found[2]}"
@@ -125,6 +129,7 @@ _SOURCE_OPTIONS: dict[Transport, frozenset[str]] = {
     "dectris": frozenset({"channel", "batch"}),
     "zmq": frozenset({"bind"}),
     "kafka": frozenset(),
+    "hub": frozenset(),
     "hdf5": frozenset({"batch", "metadata", "dataset", "frame_time"}),
     "recording": frozenset({"batch", "channel"}),
     "rigaku": frozenset({"batch", "metadata", "frame_time"}),
@@ -134,7 +139,9 @@ _SOURCE_OPTIONS: dict[Transport, frozenset[str]] = {
 class SourceSection(_Section):
     """Where frames come from."""
 
-    address: Annotated[str, AfterValidator(_address_of("dectris", "zmq", "kafka", "hdf5", "recording", "rigaku"))]
+    address: Annotated[
+        str, AfterValidator(_address_of("dectris", "zmq", "hub", "kafka", "hdf5", "recording", "rigaku"))
+    ]
     """See `stream.config.address`."""
     batch: Annotated[int, Field(ge=1, le=65536)] | None = None
     """Frames handed on together."""

@@ -99,7 +99,7 @@ def of_frames(source: Source, stop: threading.Event, limit: int) -> Facts:
                 largest = np.iinfo(start.dtype).max if start.saturation_value is None else start.saturation_value
             case FrameBatch() if start is not None and message.run == start.run:
                 ledger.admit(message.first, len(message.frames))
-                for frame in message.frames:
+                for frame in message.unpacked:
                     saturated = frame > largest
                     masked &= saturated
                     total += np.where(saturated, 0, frame)

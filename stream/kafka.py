@@ -31,6 +31,8 @@ _PATIENT: Mapping[str, Any] = {
     "metadata.recovery.strategy": "none",
     "reconnect.backoff.ms": 500,
     "reconnect.backoff.max.ms": 2000,
+    # One that begins while its cluster is away asks again only then, not after five minutes.
+    "topic.metadata.refresh.interval.ms": 10_000,
 }
 
 _FORBIDDEN = (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED)

@@ -1,30 +1,19 @@
-"""Many processes that are one: gateway, workers and merger, with Kafka between them.
+"""The plane over Kafka: everything stays in topics, whoever comes and goes. A `stream.plane.Plane`.
 
-    gateway ──> <beamline>.xpcs.frames ──> workers ──> <beamline>.xpcs.partials ──> merger
-                 one partition per region               the same
-
-Made of concrete classes here, as `stream.assembly` makes a run of one process.
+<beamline>.xpcs.frames      one partition per region
+<beamline>.xpcs.partials    the same
 """
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from stream import checkpoint
-from stream.assembly import Make
 from stream.errors import ConfigError, SourceError
 from stream.ingest.kafka import KafkaResults, KafkaSource
 from stream.kafka import ANSWER, Cluster, create_topic
-from stream.ledger import Ledger
-from stream.merger import Merger
-from stream.merging import merge, saved
-from stream.messages import FrameBatch, Rejected, RunStart, RunStop
-from stream.pipeline import Pipeline
-from stream.protocols import Sink, Source
-from stream.regions import Regions
+from stream.kafka_group import KafkaGroup
 from stream.sinks.kafka import KafkaSink
-from stream.worker import Worker
 
 _log = logging.getLogger(__name__)
 
@@ -92,129 +81,62 @@ def create_topics(where: str, properties: Properties, regions: int, *, retention
     create_topic(bootstrap, partials_topic(beamline), regions, properties=properties, config=large)
 
 
-def gateway(source: Source, sink: Sink, regions: Regions, stop: threading.Event) -> Ledger:
-    """Send what comes to the regions until the source ends or `stop` is set; return the ledger of the last run.
+class KafkaPlane:
+    """Everything in Kafka, on disk.
 
-    Raises
-    ------
-    SourceError, SinkError
-        One of them is gone.
+    Parameters
+    ----------
+    where
+        ``host:port/beamline``
+    properties
+        Settings of librdkafka, see `stream.kafka.Cluster`.
     """
-    ledger = Ledger()
-    for message in source:
-        if isinstance(message, RunStart | FrameBatch | RunStop):
-            try:
-                parts = list(regions.cut(message))
-            except ConfigError as error:
-                if isinstance(message, RunStart):
-                    raise
-                _log.warning("stray: %s of run %s: %s", type(message).__name__, message.run, error)
-                continue
-            for part in parts:
-                sink.write(part)
-        match message:
-            case RunStart():
-                ledger = Ledger()
-                _log.info("run %s begins", message.run)
-                sink.flush()
-            case FrameBatch():
-                ledger.admit(message.first, len(message.frames))
-            case RunStop():
-                ledger.close(max(message.n_frames, ledger.next_frame))
-                _log.info("run %s ends: %d frames, %d lost before us", message.run, ledger.sent, ledger.lost)
-                sink.flush()
-            case Rejected():
-                ledger.undecodable += 1
-                _log.warning("rejected: %s", message.reason)
-        if stop.is_set():
-            break
-    sink.flush()
-    return ledger
 
+    def __init__(self, where: str, properties: Properties) -> None:
+        self._where = where
+        self._bootstrap, self.beamline = where.rsplit("/", 1)
+        self._properties = properties
 
-def frames_sink(where: str, properties: Properties, stop: threading.Event) -> KafkaSink:
-    """Return where a gateway sends frames."""
-    bootstrap, beamline = where.rsplit("/", 1)
-    return KafkaSink(bootstrap, frames_topic(beamline), properties=properties, stop=stop)
+    def gateway(self, n_regions: int, *, ring_bytes: int, waits: bool, stop: threading.Event) -> KafkaSink:  # noqa: ARG002 - Kafka is waited for always
+        """Make the topics, and return where frames of all regions go; see `stream.plane.Plane`."""
+        create_topics(self._where, self._properties, n_regions, retention_bytes=ring_bytes)
+        return KafkaSink(self._bootstrap, frames_topic(self.beamline), properties=self._properties, stop=stop)
 
+    def wait(self, stop: threading.Event) -> None:
+        """Return once a gateway has made the topics, or `stop` is set.
 
-def wait_for_topics(where: str, properties: Properties, stop: threading.Event) -> None:
-    """Return once a gateway has made the topics, or `stop` is set.
+        Raises
+        ------
+        SourceError
+            Kafka does not answer, or does not let us in.
+        """
+        cluster = Cluster(self._bootstrap, self._properties, SourceError)
+        for topic in (frames_topic(self.beamline), partials_topic(self.beamline)):
+            is_told = False
+            while not cluster.knows(topic, ANSWER):
+                if not is_told:
+                    _log.warning("waiting for a gateway to make the topic %s", topic)
+                    is_told = True
+                if stop.wait(LOOK):
+                    return
 
-    Raises
-    ------
-    SourceError
-        Kafka does not answer, or does not let us in.
-    """
-    bootstrap, beamline = where.rsplit("/", 1)
-    cluster = Cluster(bootstrap, properties, SourceError)
-    for topic in (frames_topic(beamline), partials_topic(beamline)):
-        is_told = False
-        while not cluster.knows(topic, ANSWER):
-            if not is_told:
-                _log.warning("waiting for a gateway to make the topic %s", topic)
-                is_told = True
-            if stop.wait(LOOK):
-                return
+    def group(self, name: str | None) -> KafkaGroup:
+        """Return a member of the group of workers."""
+        cluster = Cluster(self._bootstrap, self._properties, SourceError)
+        return KafkaGroup(cluster, frames_topic(self.beamline), group=f"{self.beamline}.xpcs", name=name)
 
-
-def worker(
-    where: str,
-    properties: Properties,
-    make: Make,
-    *,
-    checkpoints: Path,
-    name: str | None,
-    publish_every: float,
-    checkpoint_every: float,
-) -> Worker:
-    """Return a worker of a beamline; the checkpoints of its regions lie in a directory that all workers reach."""
-    bootstrap, beamline = where.rsplit("/", 1)
-
-    def serve(region: int, stop: threading.Event) -> None:
-        with (
-            KafkaSource(bootstrap, frames_topic(beamline), region, properties=properties) as source,
-            KafkaSink(bootstrap, partials_topic(beamline), properties=properties, stop=stop) as sink,
-        ):
-            Pipeline(
-                source,
-                make,
-                [sink],
-                partials=True,
-                publish_every=publish_every,
-                checkpoints=checkpoint.Epochs(checkpoints / f"{beamline}.{region:04d}"),
-                checkpoint_every=checkpoint_every,
-                stop=stop,
-            ).run()
-
-    cluster = Cluster(bootstrap, properties, SourceError)
-    return Worker(cluster, frames_topic(beamline), group=f"{beamline}.xpcs", serve=serve, name=name)
-
-
-def merging(
-    where: str,
-    properties: Properties,
-    make: Make,
-    sinks: Sequence[Sink],
-    *,
-    position: Path | None,
-    publish_every: float,
-    patience: float,
-    runs: int | None,
-    stop: threading.Event,
-) -> None:
-    """Merge the partial sums of a beamline, see `stream.merging.merge`."""
-    bootstrap, beamline = where.rsplit("/", 1)
-    begin, ended = saved(position)
-    with KafkaResults(bootstrap, partials_topic(beamline), properties=properties) as source:
-        if begin:
-            source.seek(begin)
-        merge(
-            source,
-            Merger(make, patience=patience, ended=ended),
-            sinks,
-            position=position,
-            publish_every=publish_every,
-            runs=runs,
-            stop=stop,
+    def frames(self, region: int) -> KafkaSource:
+        """Return the frames of a region. Those who watch its lag find it as the group ``<beamline>.xpcs.safe``."""
+        group = f"{self.beamline}.xpcs.safe"
+        return KafkaSource(
+            self._bootstrap, frames_topic(self.beamline), region, properties=self._properties, group=group
         )
+
+    def partials(self, stop: threading.Event) -> KafkaSink:
+        """Return where workers publish their partial sums."""
+        return KafkaSink(self._bootstrap, partials_topic(self.beamline), properties=self._properties, stop=stop)
+
+    def results(self) -> KafkaResults:
+        """Return all partial sums."""
+        group = f"{self.beamline}.xpcs.merged"
+        return KafkaResults(self._bootstrap, partials_topic(self.beamline), properties=self._properties, group=group)

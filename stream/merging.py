@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +19,7 @@ from stream.protocols import Sink
 _log = logging.getLogger(__name__)
 
 
-class Results(Protocol):
+class Results(AbstractContextManager["Results"], Protocol):
     """Where partial sums come from: like a `stream.protocols.Source`."""
 
     def __iter__(self) -> Iterator[RunStart | RunStop | Result | Rejected | None]:
@@ -29,6 +30,9 @@ class Results(Protocol):
 
     def seek(self, position: Position) -> None:
         """Go to a position before iterating."""
+
+    def acknowledge(self, position: Position) -> None:
+        """Tell that nothing before a position will be asked for again."""
 
 
 def merge(
@@ -74,8 +78,11 @@ def merge(
         if outputs:
             deliver(outputs, sinks)
         n_ended = sum(isinstance(output, RunStop) for output in outputs)
-        if n_ended and position is not None:
-            _save(position, _earliest([*began.values(), before]), merger.ended)
+        if n_ended:
+            needed = _earliest([*began.values(), before])
+            if position is not None:
+                _save(position, needed, merger.ended)
+            source.acknowledge(needed)
         if runs is not None:
             runs -= n_ended
         if stop.is_set() or (runs is not None and runs <= 0):

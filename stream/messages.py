@@ -4,7 +4,7 @@ Plain frozen dataclasses, validated once where bytes become messages (`stream.wi
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -20,6 +20,9 @@ ExitStatus = Literal["success", "abort", "fail"]
 
 DTYPES = ("|u1", "<u2", "<u4")
 """Counts as detectors send them; every source converts to little-endian unsigned integers."""
+
+Give = Literal["frames", "photons", "chunks"]
+"""What a source makes of frames in bitshuffle and LZ4: their counts, `Events` where they are dim, or `Chunks`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +105,17 @@ class Events:
         """Yield frame after frame with its dark pixels, (rows, columns)."""
         return (self[i : i + 1].dense()[0] for i in range(len(self)))
 
+    def band(self, first: int, shape: tuple[int, int]) -> Self:
+        """Return frames of `shape`, whose pixels are first, first + 1, ... of these."""
+        begin, end = np.uint32(first), first + shape[0] * shape[1]
+        inside = np.flatnonzero((self.pixels >= begin) & (self.pixels < end))
+        return type(self)(
+            shape=(len(self), *shape),
+            offsets=np.searchsorted(inside, self.offsets),
+            pixels=self.pixels[inside] - begin,
+            counts=self.counts[inside],
+        )
+
     def dense(self) -> NDArray[np.unsignedinteger[Any]]:
         """Return the frames with their dark pixels, (n, rows, columns)."""
         n, rows, columns = self.shape
@@ -112,6 +126,39 @@ class Events:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Chunks:
+    """Frames as their detector compressed them: for the way from a gateway to its workers, see `stream.blocks`.
+
+    A source yields them where it is asked for them, `stream.regions` cuts them, `stream.wire` carries them, and the
+    source at the other end makes them NDArrays or `Events`. Pipelines and operators never see them.
+    """
+
+    shape: tuple[int, int, int]
+    """Frames, rows, columns."""
+    dtype: np.dtype[np.unsignedinteger[Any]]
+    """One of `DTYPES`."""
+    skip: int = 0
+    """How many counts stand in each chunk before those of its frame."""
+    chunks: tuple[bytes | memoryview, ...]
+    """Of each frame one chunk of HDF5 in bitshuffle and LZ4. All begin with the same header of 12 bytes."""
+
+    def __len__(self) -> int:
+        """Return the number of frames."""
+        return self.shape[0]
+
+    def __getitem__(self, frames: slice) -> Self:
+        """Return some of the frames. The step is 1."""
+        first, end, step = frames.indices(len(self))
+        if step != 1:
+            raise ValueError(f"chunks are cut in steps of 1, not {step}")
+        chunks = self.chunks[first:end]
+        return replace(self, shape=(len(chunks), *self.shape[1:]), chunks=chunks)
+
+
+Frames = NDArray[np.unsignedinteger[Any]] | Events | Chunks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FrameBatch:
     """Frames first, first + 1, ... A frame that never came is a jump in `first`."""
 
@@ -119,10 +166,20 @@ class FrameBatch:
     region: int = 0
     first: int
     """Counted from 0 at RunStart."""
-    frames: NDArray[np.unsignedinteger[Any]] | Events
-    """(n >= 1, rows, columns), counts; read-only. A source never writes to them again, so that they may be kept."""
+    frames: Frames
+    """(n >= 1, rows, columns), counts; read-only. A source never writes to them again, so that they may be kept.
+
+    `Chunks` on the way from a gateway to its workers only.
+    """
     timestamp_ns: int
     """Start of frame `first`, ns since the Unix epoch."""
+
+    @property
+    def unpacked(self) -> NDArray[np.unsignedinteger[Any]] | Events:
+        """The frames, for those who never get `Chunks`; TypeError if they are."""
+        if isinstance(self.frames, Chunks):
+            raise TypeError(f"frames {self.first} and on of run {self.run} are still compressed")
+        return self.frames
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
-import numpy as np
-
+from stream import blocks
 from stream.errors import ConfigError
-from stream.messages import Events, FrameBatch, RunStart, RunStop
+from stream.messages import Chunks, Events, FrameBatch, Frames, RunStart, RunStop
 
 
 class Regions:
@@ -42,8 +41,7 @@ class Regions:
                         metadata={**message.metadata, "regions": self._n},
                     )
             case FrameBatch(frames=frames):
-                for region, (begin, end) in enumerate(self._bands(frames.shape[1])):
-                    band = _rows(frames, begin, end) if isinstance(frames, Events) else frames[:, begin:end]
+                for region, band in enumerate(_cut(frames, self._bands(frames.shape[1]))):
                     yield replace(message, region=region, frames=band)
             case RunStop():
                 for region in range(self._n):
@@ -55,13 +53,14 @@ class Regions:
         return pairwise(n_rows * i // self._n for i in range(self._n + 1))
 
 
-def _rows(events: Events, begin: int, end: int) -> Events:
-    n, _, n_columns = events.shape
-    first = np.uint32(begin * n_columns)
-    inside = np.flatnonzero((events.pixels >= first) & (events.pixels < end * n_columns))
-    return Events(
-        shape=(n, end - begin, n_columns),
-        offsets=np.searchsorted(inside, events.offsets),
-        pixels=events.pixels[inside] - first,
-        counts=events.counts[inside],
-    )
+def _cut(frames: Frames, bands: Iterator[tuple[int, int]]) -> Iterator[Frames]:
+    match frames:
+        case Chunks():
+            yield from blocks.bands(frames, bands)
+        case Events():
+            columns = frames.shape[2]
+            for begin, end in bands:
+                yield frames.band(begin * columns, (end - begin, columns))
+        case _:
+            for begin, end in bands:
+                yield frames[:, begin:end]

@@ -11,7 +11,8 @@ header
 payload
     frames: little-endian counts, row by row, frame after frame; with codec bslz4 or lz4, all of them as one chunk in
     the framing of the HDF5 filters bitshuffle (32008) and lz4 (32004), as Dectris detectors send; with codec events,
-    the arrays of `stream.messages.Events` one after the other: offsets (<i8), pixels (<u4), counts (dtype).
+    the arrays of `stream.messages.Events` one after the other: offsets (<i8), pixels (<u4), counts (dtype); with codec
+    bslz4-frames, each frame as a chunk of its own as in `stream.messages.Chunks`, one after the other.
     result: the bytes of the arrays one after the other, in the order of the header's table.
     start, stop: empty.
 
@@ -23,6 +24,7 @@ import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import accumulate, pairwise
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -31,8 +33,9 @@ from dectris.compression import decompress
 from numpy.typing import DTypeLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from stream import blocks
 from stream.errors import DecodeError
-from stream.messages import Arrays, Events, ExitStatus, FrameBatch, Output, Result, RunStart, RunStop
+from stream.messages import Arrays, Chunks, Events, ExitStatus, FrameBatch, Frames, Output, Result, RunStart, RunStop
 
 # Where `msgpack` itself has them from: importing bluesky_kafka calls msgpack_numpy.patch(), which replaces the names in
 # `msgpack` by functions that unpickle.
@@ -66,6 +69,8 @@ _Nanoseconds = Annotated[int, Field(ge=0, lt=2**63)]
 _Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
 _Checksum = Annotated[int, Field(ge=0, lt=2**32)]
 _Pixels = Annotated[int, Field(ge=1, le=MAX_FRAME_BYTES)]
+_Pixel = Annotated[int, Field(ge=0, lt=MAX_FRAME_BYTES)]
+_Length = Annotated[int, Field(ge=0, le=MAX_MESSAGE_BYTES)]
 _FrameShape = Annotated[tuple[_Pixels, _Pixels], Field(strict=False)]  # MessagePack knows lists only
 _CountType = Literal["|u1", "<u2", "<u4"]
 _ArrayType = Literal["|b1", "|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8", "<f4", "<f8"]
@@ -126,12 +131,16 @@ class FramesHeader(_Header):
     shape: _FrameShape
     """Of one frame."""
     dtype: _CountType
-    codec: Literal["raw", "bslz4", "lz4", "events"]
+    codec: Literal["raw", "bslz4", "lz4", "events", "bslz4-frames"]
     nbytes: Annotated[int, Field(ge=0, le=MAX_MESSAGE_BYTES)]
     """Length of the payload, compressed if it is."""
     crc32c: _Checksum
     """Of the payload, compressed if it is."""
     timestamp_ns: _Nanoseconds
+    skip: _Pixel | None = None
+    """Of bslz4-frames: counts in each chunk before those of its frame."""
+    lengths: Annotated[list[_Length], Field(max_length=MAX_LENGTH)] = []
+    """Of bslz4-frames: bytes of each chunk."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -140,6 +149,13 @@ class FramesHeader(_Header):
             raise ValueError(f"n = {self.n} frames are {size} bytes, more than {MAX_MESSAGE_BYTES}")
         if self.first + self.n > MAX_COUNT:
             raise ValueError(f"first = {self.first} and n = {self.n} count past {MAX_COUNT}")
+        if self.codec == "bslz4-frames" and self.skip is None:
+            raise ValueError("skip is missing")
+        if self.codec == "bslz4-frames" and (len(self.lengths), sum(self.lengths)) != (self.n, self.nbytes):
+            raise ValueError(
+                f"lengths are {len(self.lengths)} of {sum(self.lengths)} bytes, "
+                f"not n = {self.n} of nbytes = {self.nbytes}"
+            )
         return self
 
 
@@ -213,9 +229,7 @@ def encode(output: Output) -> list[Buffer]:
             if len(frames.shape) != 3:
                 raise ValueError(f"frames have shape {frames.shape}, which is not (n, rows, columns)")
             route, schema = b"frames/", "frames"
-            codec, payload = (
-                ("events", _pack_events(frames)) if isinstance(frames, Events) else ("raw", _bytes_of(frames))
-            )
+            codec, payload, more = _pack(frames)
             header = {
                 "run": output.run,
                 "region": output.region,
@@ -227,6 +241,7 @@ def encode(output: Output) -> list[Buffer]:
                 "nbytes": len(payload),
                 "crc32c": crc32c(payload),
                 "timestamp_ns": output.timestamp_ns,
+                **more,
             }
         case RunStop():
             route, schema, header = b"stop/", "stop", _fields(output)
@@ -425,6 +440,8 @@ def _frame_batch(header: FramesHeader, payload: Buffer) -> FrameBatch:
     dtype = np.dtype(header.dtype)
     if header.codec == "events":
         return _batch_of(header, _unpack_events(payload, dtype, shape, where))
+    if header.codec == "bslz4-frames":
+        return _batch_of(header, _unpack_chunks(payload, header, dtype, where))
     size = math.prod(shape) * dtype.itemsize
     if header.codec != "raw":
         payload = _decompress(payload, header.codec, dtype.itemsize, size, where)
@@ -433,7 +450,7 @@ def _frame_batch(header: FramesHeader, payload: Buffer) -> FrameBatch:
     return _batch_of(header, _array(payload, dtype, shape))
 
 
-def _batch_of(header: FramesHeader, frames: NDArray[Any] | Events) -> FrameBatch:
+def _batch_of(header: FramesHeader, frames: Frames) -> FrameBatch:
     return FrameBatch(
         run=header.run,
         region=header.region,
@@ -443,9 +460,28 @@ def _batch_of(header: FramesHeader, frames: NDArray[Any] | Events) -> FrameBatch
     )
 
 
-def _pack_events(events: Events) -> bytes:
-    check_events(events)
-    return b"".join(_bytes_of(array) for array in (events.offsets, events.pixels, events.counts))
+def _pack(frames: Frames) -> tuple[str, Buffer, dict[str, Any]]:
+    """Return the codec of frames, their payload, and what else the header says of them."""
+    match frames:
+        case Events(offsets=offsets, pixels=pixels, counts=counts):
+            check_events(frames)
+            return "events", b"".join(_bytes_of(array) for array in (offsets, pixels, counts)), {}
+        case Chunks(chunks=chunks, skip=skip):
+            blocks.check(frames)
+            return "bslz4-frames", b"".join(chunks), {"skip": skip, "lengths": [len(chunk) for chunk in chunks]}
+        case _:
+            return "raw", _bytes_of(frames), {}
+
+
+def _unpack_chunks(payload: Buffer, header: FramesHeader, dtype: np.dtype[Any], where: str) -> Chunks:
+    view = memoryview(payload).cast("B")
+    chunks = tuple(view[begin:end] for begin, end in pairwise(accumulate(header.lengths, initial=0)))
+    frames = Chunks(shape=(header.n, *header.shape), dtype=dtype, skip=header.skip or 0, chunks=chunks)
+    try:
+        blocks.check(frames)
+    except ValueError as error:
+        raise DecodeError(f"{where}: {error}") from None
+    return frames
 
 
 def _unpack_events(payload: Buffer, dtype: np.dtype[Any], shape: tuple[int, int, int], where: str) -> Events:

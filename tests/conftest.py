@@ -1,11 +1,14 @@
 import os
+from io import BytesIO
 from pathlib import Path
 
+import h5py
+import hdf5plugin
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from stream.messages import Events, FrameBatch, RunStart
+from stream.messages import Chunks, Events, FrameBatch, RunStart
 from stream.operators.roimap import RoiMap
 from tests import kafka
 
@@ -30,6 +33,13 @@ def broker(tmp_path_factory):
     """A Kafka broker of this machine."""
     with kafka.started(tmp_path_factory.mktemp("kafka")) as broker:
         yield broker
+
+
+@pytest.fixture(scope="session")
+def secured(tmp_path_factory):
+    """The doors of a broker that asks who comes in."""
+    with kafka.started_secured(tmp_path_factory.mktemp("secured")) as doors:
+        yield doors
 
 
 @pytest.fixture
@@ -63,6 +73,16 @@ def events_of(frames):
         pixels=(row * frames.shape[2] + column).astype(np.uint32),
         counts=frames[frames > 0],
     )
+
+
+def chunks_of(frames, counts_per_block=0):
+    """The same frames as `Chunks`, by the filter of HDF5; 0 = in blocks of 8 KiB."""
+    n, rows, columns = frames.shape
+    with h5py.File(BytesIO(), "w") as file:
+        compression = hdf5plugin.Bitshuffle(nelems=counts_per_block)
+        dataset = file.create_dataset("counts", data=frames, chunks=(1, rows, columns), compression=compression)
+        chunks = tuple(dataset.id.read_direct_chunk((i, 0, 0))[1] for i in range(n))
+    return Chunks(shape=frames.shape, dtype=frames.dtype, chunks=chunks)
 
 
 def push(operator, frames, *, came=None, batch=1000):

@@ -80,6 +80,29 @@ def events(offsets=(0, 2, 5), pixels=(3, 11, 0, 1, 7), counts=(1, 2, 65535, 1, 9
     return frames(payload, **{"codec": "events", "nbytes": len(payload), "crc32c": crc32c(payload)} | changes)
 
 
+CHUNK = bytes.fromhex("0000000000000018 00002000 0000000d 43aaccf0000100500000000000 0800 0900 0a00 0b00")
+"""The counts 0 to 11 as bitshuffle and LZ4: 8 of them in a block, 4 as they are."""
+
+
+def chunks(*given, **changes):
+    """Chunks of 2 frames of 3 x 4 pixels."""
+    given = given or (CHUNK, CHUNK)
+    payload = b"".join(given)
+    described = {
+        "codec": "bslz4-frames",
+        "skip": 0,
+        "lengths": [len(chunk) for chunk in given],
+        "nbytes": len(payload),
+        "crc32c": crc32c(payload),
+    }
+    return frames(payload, **described | changes)
+
+
+def framed(size, block):
+    """A chunk that says so."""
+    return struct.pack(">QI", size, block) + CHUNK[12:]
+
+
 def without(header, name):
     return {key: value for key, value in header.items() if key != name}
 
@@ -91,7 +114,7 @@ def nested(depth):
     return value
 
 
-ALIVE = [start(), frames(), stop(), result(), events()]
+ALIVE = [start(), frames(), stop(), result(), events(), chunks()]
 """What the corpus is made from; these are well-formed."""
 
 CORPUS = [
@@ -230,6 +253,35 @@ CORPUS = [
     ),
     ("an event of no counts", events(counts=(1, 2, 3, 0, 9)), "event 3 has no counts"),
     ("damaged events", events(crc32c=7), "crc32c is 0x"),
+    ("chunks of fewer lengths", chunks(lengths=[74]), "lengths are 1 of 74 bytes, not n = 2 of nbytes = 74"),
+    ("chunks of shorter lengths", chunks(lengths=[37, 36]), "lengths are 2 of 73 bytes, not n = 2 of nbytes = 74"),
+    ("chunks of no lengths", chunks(lengths=[]), "lengths are 0 of 0 bytes"),
+    ("chunks of negative lengths", chunks(lengths=[-1, 75]), "lengths.0 = -1"),
+    ("chunks of 4097 lengths", chunks(lengths=[0] * 4097), "4097 exceeds max_array_len"),
+    ("chunks of lengths that are text", chunks(lengths=["37", 37]), "lengths.0 = '37'"),
+    ("chunks of other lengths", chunks(lengths=[38, 36]), "chunks with 2 kinds of header"),
+    ("chunks of nothing", chunks(b"", b""), "the shortest of 0 bytes"),
+    ("chunks of less than a header", chunks(CHUNK[:11], CHUNK[:11]), "the shortest of 11 bytes"),
+    ("chunks without skip", chunks(skip=None), "skip is missing"),
+    ("chunks of negative skip", chunks(skip=-1), "skip = -1"),
+    ("chunks that skip more than a block", chunks(skip=4096), "skip = 4096 counts in blocks of 8192 bytes"),
+    ("chunks that skip what is needed", chunks(skip=1), "chunks of 24 bytes, where counts end at 26"),
+    ("chunks of more frames", chunks(n=3), "lengths are 2 of 74 bytes, not n = 3"),
+    ("chunks of larger frames", chunks(shape=[3, 5]), "chunks of 24 bytes, where counts end at 30"),
+    ("chunks of frames larger than the bound", chunks(shape=[2**20, 2**20]), "[1048576, 1048576]"),
+    ("chunks of different sizes", chunks(CHUNK, framed(26, 8192)), "chunks with 2 kinds of header"),
+    ("chunks of half a count", chunks(*2 * [framed(25, 8192)]), "chunks of 25 bytes"),
+    ("chunks of 2**64 bytes", chunks(*2 * [framed(2**64 - 1, 8192)]), "chunks of 18446744073709551615 bytes"),
+    ("chunks of a block too many", chunks(*2 * [framed(8194, 8192)]), "chunks of 8194 bytes, where counts end at 24"),
+    ("chunks of blocks too large", chunks(*2 * [framed(24, 2**20 + 16)]), "in blocks of 1048592 bytes"),
+    ("chunks of no blocks", chunks(*2 * [framed(24, 0)]), "in blocks of 0 bytes"),
+    ("chunks of odd blocks", chunks(*2 * [framed(24, 8200)]), "in blocks of 8200 bytes"),
+    (
+        "chunks of 256 MiB from nothing",
+        chunks(*2 * [framed(2**28, 8192)], shape=[2**13, 2**14]),
+        "chunks of 268435456 bytes cannot be packed into 37",
+    ),
+    ("damaged chunks", chunks(crc32c=7), "crc32c is 0x"),
     ("exit_status unknown", stop(exit_status="crashed"), "exit_status = 'crashed'"),
     ("n_frames is negative", stop(n_frames=-1), "n_frames = -1"),
     ("n_frames is past 2**62", stop(n_frames=2**62 + 1), "n_frames = 4611686018427387905"),

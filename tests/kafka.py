@@ -5,9 +5,18 @@ import shutil
 import socket
 import uuid
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import pytest
-from confluent_kafka.admin import AdminClient, NewTopic
+import trustme
+from confluent_kafka.admin import (
+    AdminClient,
+    NewTopic,
+    ScramCredentialInfo,
+    ScramMechanism,
+    UserScramCredentialUpsertion,
+)
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from stream.broker import Broker
 from stream.errors import BrokerError
@@ -70,3 +79,65 @@ def new_topic(broker, n_partitions=1, **config):
     client = admin(broker)  # what it was asked for ends with it
     client.create_topics([topic])[name].result(DEADLINE)
     return name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doors:
+    """How clients come in where a broker asks who they are: settings of librdkafka."""
+
+    scram: dict[str, str]
+    mtls: dict[str, str]
+
+
+USER, PASSWORD = "beamline", "of the tests"
+
+
+@contextmanager
+def started_secured(directory):
+    """Start a broker that has, beside the open door, one for a password and one for a certificate."""
+    authority = trustme.CA()
+    server, client = authority.issue_cert("127.0.0.1"), authority.issue_cert("beamline@example.org")
+    # Java reads keys in PKCS 8 only.
+    key = load_pem_private_key(server.private_key_pem.bytes(), None)
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()) + server.cert_chain_pems[0].bytes()
+    (directory / "server.pem").write_bytes(pem)
+    authority.cert_pem.write_to_path(directory / "authority.pem")
+
+    def properties(plain, scram, mtls):
+        jaas = "org.apache.kafka.common.security.scram.ScramLoginModule required;"
+        at = "127.0.0.1"
+        return {
+            "listeners": f"PLAINTEXT://{at}:{plain},CONTROLLER://{at}:0,SASL_SSL://{at}:{scram},SSL://{at}:{mtls}",
+            "sasl.enabled.mechanisms": "SCRAM-SHA-512",
+            "listener.name.sasl_ssl.scram-sha-512.sasl.jaas.config": jaas,
+            "listener.name.ssl.ssl.client.auth": "required",
+            "ssl.keystore.type": "PEM",
+            "ssl.keystore.location": str(directory / "server.pem"),
+            "ssl.truststore.type": "PEM",
+            "ssl.truststore.location": str(directory / "authority.pem"),
+        }
+
+    with started(directory / "kafka", 3, properties) as broker:
+        credentials = ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, 4096)
+        change = UserScramCredentialUpsertion(USER, credentials, PASSWORD.encode())
+        administrator = admin(broker)
+        administrator.alter_user_scram_credentials([change])[USER].result(DEADLINE)
+        doors = dict(listener.split("://") for listener in broker.properties["listeners"].split(","))
+        tls = {"ssl.ca.location": str(directory / "authority.pem")}
+        yield Doors(
+            scram={
+                "bootstrap.servers": doors["SASL_SSL"],
+                "security.protocol": "SASL_SSL",
+                "sasl.mechanism": "SCRAM-SHA-512",
+                "sasl.username": USER,
+                "sasl.password": PASSWORD,
+            }
+            | tls,
+            mtls={
+                "bootstrap.servers": doors["SSL"],
+                "security.protocol": "SSL",
+                "ssl.certificate.pem": client.cert_chain_pems[0].bytes().decode(),
+                "ssl.key.pem": client.private_key_pem.bytes().decode(),
+            }
+            | tls,
+        )

@@ -183,7 +183,7 @@ def test_a_real_recording_decodes_to_the_counts_that_hdf5_reads(shared_data, ver
         chunks = [fields["data"]["threshold_1"].value[1].value.value[2] for fields in images]
 
     decoded = decode(messages, batch=4)
-    dim = decode(messages, batch=4, photons=True)
+    dim = decode(messages, batch=4, give="photons")
 
     assert not [message for message in decoded if isinstance(message, Rejected)]
     assert numbers_of(decoded) == list(range(n))
@@ -399,7 +399,7 @@ def test_a_dim_stream_comes_as_events_that_end_in_the_g2_of_its_frames(version, 
     start = replace(DIM_START, dtype=dtype, saturation_value=np.iinfo(dtype).max - 1)
     with (
         DectrisSink("tcp://127.0.0.1:*", version=version, timeout=10) as sink,
-        DectrisSource(sink.address, photons=True) as source,
+        DectrisSource(sink.address, give="photons") as source,
     ):
         stream, messages = iter(source), []
         sink.write(start)
@@ -420,7 +420,7 @@ def test_a_dim_stream_comes_as_events_that_end_in_the_g2_of_its_frames(version, 
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_every_batch_of_events_tells_the_masked_pixels_in_its_first_frame(version, size):
     frames = dim(20)
-    decoded = decode([start_message(version, DIM_START), *image_messages(version, frames)], batch=size, photons=True)
+    decoded = decode([start_message(version, DIM_START), *image_messages(version, frames)], batch=size, give="photons")
     np.testing.assert_array_equal(frames_of(decoded), marked_once(frames, size))
 
 
@@ -434,7 +434,7 @@ def test_pixels_left_to_us_to_mask_are_told_in_the_first_frame_of_a_batch_of_eve
         number_of_images=20,
     )
     frames = dim(20)
-    decoded = decode([start, *image_messages(2, frames)], batch=8, photons=True)
+    decoded = decode([start, *image_messages(2, frames)], batch=8, give="photons")
     frames[:, mask != 0] = 65535
     assert isinstance(decoded[1].frames, Events)
     np.testing.assert_array_equal(frames_of(decoded), marked_once(frames, 8))
@@ -455,7 +455,7 @@ def test_a_damaged_image_between_dim_ones_is_refused_by_name_and_only_it_is_lost
     described = json.loads(images[4][1])
     images[4][2] = change(bytes(images[4][2]))
     images[4][1] = json.dumps(described | {"size": len(images[4][2])}).encode()
-    decoded = decode([start_message(1, DIM_START), *images], photons=True)
+    decoded = decode([start_message(1, DIM_START), *images], give="photons")
     [rejected] = [message for message in decoded if isinstance(message, Rejected)]
     assert rejected.reason.startswith("image 4 of series-1: bslz4: ")
     assert [(m.first, len(m.frames)) for m in decoded if isinstance(m, FrameBatch)] == [(0, 4), (5, 4)]
@@ -471,7 +471,7 @@ def test_frames_come_as_they_are_where_nobody_asked_for_photons():
 
 def test_a_stream_that_brightens_goes_on_as_rows_from_the_next_batch_on():
     frames = np.concatenate([dim(12), dim(12, mean=0.2), dim(12, mean=0.022), dim(12)])
-    decoded = decode([start_message(2, DIM_START), *image_messages(2, frames)], batch=8, photons=True)
+    decoded = decode([start_message(2, DIM_START), *image_messages(2, frames)], batch=8, give="photons")
     is_events = [isinstance(message.frames, Events) for message in decoded[1:]]
     assert is_events == [True, True, False, False, False, True]
     expected = np.concatenate([marked_once(frames[:16], 8), frames[16:40], marked_once(frames[40:], 8)])

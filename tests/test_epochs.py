@@ -3,12 +3,14 @@
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from stream.checkpoint import KEPT, Checkpoint, Epochs
+from stream import checkpoint
+from stream.checkpoint import KEPT, Acknowledged, Checkpoint, Epochs, save
 from stream.errors import CheckpointError, Superseded
 
 
@@ -47,9 +49,24 @@ def test_a_former_owner_that_was_about_to_write_changes_nothing_either(tmp_path,
     zombie.save(at(1))
     heir = Epochs(tmp_path)
     heir.save(at(10))
-    monkeypatch.setattr(zombie, "_is_over", lambda: False)
+    monkeypatch.setattr(zombie, "_check_whose", lambda: None)
     zombie.save(at(2))
     assert Epochs(tmp_path).load() == at(10)
+
+
+def test_a_checkpoint_that_the_next_owner_did_not_find_is_not_acknowledged(tmp_path, monkeypatch):
+    found, acknowledged = [], []
+    zombie = Acknowledged(Epochs(tmp_path), SimpleNamespace(acknowledge=acknowledged.append))
+    zombie.save(at(1))
+
+    def too_late(path, what):
+        found.append(Epochs(tmp_path).load())
+        save(path, what)
+
+    monkeypatch.setattr(checkpoint, "save", too_late)
+    with pytest.raises(Superseded):
+        zombie.save(at(2))
+    assert (found, acknowledged) == ([at(1)], [at(1).position])
 
 
 def test_an_owner_that_died_before_its_first_checkpoint_leaves_those_before(tmp_path):
@@ -90,7 +107,7 @@ def test_no_two_owners_have_the_same_epoch(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         owners = list(pool.map(lambda _: Epochs(tmp_path), range(64)))
     for n, owner in enumerate(owners):
-        owner._is_over = lambda: False
+        owner._check_whose = lambda: None
         owner.save(at(n))
     assert len(list(tmp_path.iterdir())) >= 1
     newest = max(owners, key=lambda owner: owner._own.name)

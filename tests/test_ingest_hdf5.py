@@ -440,7 +440,7 @@ def write_dim(path, frames, stated=SATURATED):
 
 def events_of(path, **options):
     """First frame and events of each batch; nothing else comes."""
-    with Hdf5Source(path, photons=True, **options) as source:
+    with Hdf5Source(path, give="photons", **options) as source:
         found = [(m.first, m.frames) for m in source if isinstance(m, FrameBatch)]
     assert {type(frames) for _, frames in found} == {Events}
     return found
@@ -516,7 +516,7 @@ def test_bad_frames_between_dim_ones_are_rejected_and_those_after_tell_the_maske
     assert [(first, len(events)) for first, events in found] == [(0, 7), (9, 11), (20, 10)]
     for first, events in found:
         np.testing.assert_array_equal(events.dense(), marked_once(frames[first : first + len(events)]))
-    reasons = rejected(path, photons=True)
+    reasons = rejected(path, give="photons")
     assert [reason.split(": ")[1] for reason in reasons] == ["frames 7 to 7", "frames 8 to 8"]
 
 
@@ -527,7 +527,7 @@ def test_dim_frames_come_as_they_are_where_nobody_asked_for_photons(tmp_path):
 def test_after_a_seek_into_dim_frames_the_rest_is_the_same(tmp_path):
     frames = dim()
     path = write_dim(tmp_path / "x.h5", frames)
-    with Hdf5Source(path, batch=30, photons=True) as source:
+    with Hdf5Source(path, batch=30, give="photons") as source:
         source.seek({f"{start(path).run}:frame": 45})
         found = [(m.first, m.frames) for m in source if isinstance(m, FrameBatch)]
     assert [first for first, _ in found] == [45, 60, 90]

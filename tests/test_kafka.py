@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,8 @@ from stream.pipeline import Pipeline
 from stream.sinks.kafka import QUEUE_KBYTES, KafkaSink
 from stream.wire import encode
 from tests import hostile, kafka
-from tests.conftest import events_of, make_roimap
-from tests.test_broker_security import PASSWORD, USER, started_secured
+from tests.conftest import chunks_of, events_of, make_roimap
+from tests.kafka import PASSWORD, USER
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -258,6 +259,20 @@ def test_a_source_goes_on_exactly_where_its_position_says(broker, topic):
             position = source.position()
             assert position == {f"{topic}:0": len(came)}
     assert_same(came, run)
+
+
+def test_a_record_that_becomes_several_messages_is_passed_with_the_last_of_them(broker, topic):
+    frames = counts(5)
+    chunks = chunks_of(frames)
+    spoilt = chunks.chunks[2][:16] + b"\xff" * (len(chunks.chunks[2]) - 16)
+    sent = replace(chunks, chunks=(*chunks.chunks[:2], spoilt, *chunks.chunks[3:]))
+    send(broker, topic, start(), batch(0, sent), stop(5))
+    with KafkaSource(broker.bootstrap, topic, 0) as source:
+        messages = (message for message in source if message is not None)
+        came = [(message, source.position()) for message in islice(messages, 5)]
+    assert [type(message) for message, _ in came] == [RunStart, FrameBatch, Rejected, FrameBatch, RunStop]
+    assert [position for _, position in came] == [{f"{topic}:0": offset} for offset in (1, 1, 1, 2, 3)]
+    assert_same([came[1][0], came[3][0]], [batch(0, frames[:2]), batch(3, frames[3:])])
 
 
 def test_results_go_on_exactly_where_their_position_says(broker):
@@ -513,10 +528,9 @@ def test_properties_that_cannot_be_meant_are_named(broker, topic, properties, sa
     assert "hunter2" not in str(error.value)
 
 
-@pytest.fixture(scope="module")
-def doors(tmp_path_factory):
-    with started_secured(tmp_path_factory.mktemp("secured")) as doors:
-        yield doors
+@pytest.fixture
+def doors(secured):
+    return secured
 
 
 def through(door, **secrets):

@@ -5,8 +5,8 @@ import pytest
 
 from stream import wire
 from stream.errors import ConfigError
-from stream.kafka_plane import gateway
 from stream.messages import FrameBatch, RunStart, RunStop
+from stream.plane import send
 from stream.regions import Regions
 from tests.conftest import events_of, make_start
 from tests.sources import ListSink, ListSource
@@ -56,7 +56,7 @@ def test_frames_that_cannot_be_cut_do_not_end_a_gateway(caplog):
     frames = np.ones((2, *SHAPE), "<u2")
     odd = FrameBatch(run="run-0", first=0, frames=frames[:, :1], timestamp_ns=0)
     sink = ListSink()
-    ledger = gateway(ListSource([make_start(SHAPE), odd, batch(frames)]), sink, Regions(2), threading.Event())
+    ledger = send(ListSource([make_start(SHAPE), odd, batch(frames)]), [sink], Regions(2), threading.Event())
     assert [type(each) for each in sink.outputs] == [RunStart] * 2 + [FrameBatch] * 2
     assert sink.flushed == len(sink.outputs)
     assert "stray: FrameBatch of run run-0: 1 rows cannot be cut into 2 regions" in caplog.text

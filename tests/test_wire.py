@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from stream.errors import DecodeError
-from stream.messages import Events, FrameBatch, Result, RunStart, RunStop
+from stream.messages import Chunks, Events, FrameBatch, Result, RunStart, RunStop
 from stream.wire import MAX_COUNT, MAX_FRAME_BYTES, MAX_LENGTH, check_start, decode, encode, pack_arrays, unpack_arrays
 from tests import hostile
-from tests.conftest import events_of
+from tests.conftest import chunks_of, events_of
 
 
 def same(one, other):
@@ -30,7 +30,7 @@ def same(one, other):
         return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
     if isinstance(one, dict):
         return list(one) == list(other) and all(same(one[name], other[name]) for name in one)
-    if isinstance(one, RunStart | FrameBatch | Events | RunStop | Result):
+    if isinstance(one, RunStart | FrameBatch | Events | Chunks | RunStop | Result):
         return all(same(getattr(one, field.name), getattr(other, field.name)) for field in fields(one))
     return one == other
 
@@ -38,6 +38,7 @@ def same(one, other):
 RUN = "9f3c"
 COUNTS = np.arange(24, dtype="<u2").reshape(2, 3, 4)
 FEW = np.array([[[0, 0, 7], [0, 0, 0]], [[0, 0, 0], [0, 0, 0]], [[1, 0, 0], [0, 0, 258]]], "<u2")
+BAND = Chunks(shape=(2, 2, 4), dtype=np.dtype("<u2"), skip=4, chunks=chunks_of(COUNTS).chunks)
 T0 = 1_750_000_000_000_000_000
 
 TABLE = [
@@ -108,6 +109,28 @@ TABLE = [
             "timestamp_ns": T0,
         },
         "0000000000000000 0100000000000000 0100000000000000 030000000000000002000000 00000000 050000000700 0100 0201",
+    ),
+    (
+        FrameBatch(run=RUN, region=2, first=7, frames=BAND, timestamp_ns=T0),
+        b"frames/2",
+        {
+            "s": "frames",
+            "v": 1,
+            "run": RUN,
+            "region": 2,
+            "first": 7,
+            "n": 2,
+            "shape": [2, 4],
+            "dtype": "<u2",
+            "codec": "bslz4-frames",
+            "nbytes": 79,
+            "crc32c": 0x4B6DDCFC,
+            "timestamp_ns": T0,
+            "skip": 4,
+            "lengths": [37, 42],
+        },
+        "0000000000000018 00002000 0000000d 43aaccf0000100500000000000 08000900 0a000b00"
+        "0000000000000018 00002000 00000012 f001aacc0f0ff0 0000000000000000000000 14001500 16001700",
     ),
     (
         RunStop(run=RUN, region=2, n_frames=1000, exit_status="abort"),
@@ -211,7 +234,8 @@ batches = st.builds(
             st.sampled_from(["|u1", "<u2", "<u4"]), hnp.array_shapes(min_dims=3, max_dims=3, min_side=1, max_side=5)
         )
     )
-    | counted.map(events_of),
+    | counted.map(events_of)
+    | counted.map(chunks_of),
     timestamp_ns=st.integers(0, 2**63 - 1),
 )
 stops = st.builds(
@@ -300,7 +324,14 @@ def test_a_header_with_any_byte_changed_is_read_or_refused(parts, data):
 
 
 def test_what_the_hostile_corpus_is_made_from_is_well_formed():
-    assert [type(decode(parts)) for parts in hostile.ALIVE] == [RunStart, FrameBatch, RunStop, Result, FrameBatch]
+    assert [type(decode(parts)) for parts in hostile.ALIVE] == [
+        RunStart,
+        FrameBatch,
+        RunStop,
+        Result,
+        FrameBatch,
+        FrameBatch,
+    ]
 
 
 def test_every_hostile_message_is_refused_in_a_line_that_names_the_thing():

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from stream.errors import DecodeError, NotSeekable, SourceError
 from stream.ingest import dectris_v1, dectris_v2
 from stream.ingest.dectris_messages import End, Image, Pixels, Start
+from stream.ingest.packed import Packed, is_packable
 from stream.ingest.photons import Photons, is_dim
-from stream.messages import FrameBatch, Message, Position, Rejected, RunStart, RunStop
-from stream.wire import MAX_MESSAGE_BYTES, Buffer, one_line
+from stream.messages import FrameBatch, Give, Message, Position, Rejected, RunStart, RunStop
+from stream.wire import MAX_LENGTH, MAX_MESSAGE_BYTES, Buffer, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class _OpenBatch:
     run: str
     first: int
     timestamp_ns: int
-    images: _Rows | Photons
+    images: _Rows | Photons | Packed
     room: int
 
     def goes_on_with(self, image: Image, pixels: Pixels) -> bool:
@@ -103,15 +104,17 @@ class DectrisDecoder:
         that it sends, which is the first of its start message's `channels`.
     batch
         Frames in a FrameBatch, at most; fewer where they would be more than `MAX_BATCH_BYTES`.
-    photons
-        Let batches whose first image is dim come as `stream.messages.Events`, see `stream.ingest.photons`. For
-        operators only: others of a batch do not tell again which pixels are masked or overflown in its first image.
+    give
+        "photons" lets batches whose first image is dim come as `stream.messages.Events`, see `stream.ingest.photons`.
+        For operators only: others of a batch do not tell again which pixels are masked or overflown in its first image.
+        "chunks" lets batches come as `stream.messages.Chunks`, where the detector did not leave it to us to apply its
+        mask.
     """
 
-    def __init__(self, *, channel: str | None = None, batch: int = 64, photons: bool = False) -> None:
+    def __init__(self, *, channel: str | None = None, batch: int = 64, give: Give = "frames") -> None:
         self._channel = channel
-        self._batch = batch
-        self._photons = photons
+        self._batch = min(batch, MAX_LENGTH) if give == "chunks" else batch
+        self._give = give
         self._series: _Series | None = None
         self._clock: tuple[str, int] | None = None
         self._open: _OpenBatch | None = None
@@ -144,11 +147,12 @@ class DectrisDecoder:
         pixels = self._select(image)
         timestamp_ns = self._timestamp(image)
         batch = self._open if self._open is not None and self._open.goes_on_with(image, pixels) else None
+        is_packed = batch is None and self._stays_packed(image.run, pixels)
         try:
-            if batch is None:
-                counts = pixels.decompress()
-            else:
+            if batch is not None:
                 batch.images.append(pixels)
+            elif not is_packed:
+                counts = pixels.decompress()
         except DecodeError as error:
             raise DecodeError(f"image {image.number} of {image.run}: {error}") from None
         if self._series is None or (self._series.start is None and self._series.run != image.run):
@@ -156,10 +160,10 @@ class DectrisDecoder:
         series = self._series if self._series.run == image.run else _Series(image.run)
         if batch is None:
             yield from self.idle()
-            yield from self._announce(series, counts)
-            masked = series.masked if series.announced == counts.shape else series.masked[:0]
-            room = min(self._batch, max(1, MAX_BATCH_BYTES // counts.nbytes))
-            images = self._begin(pixels, counts, masked, room)
+            yield from self._announce(series, pixels)
+            masked = series.masked if series.announced == pixels.shape else series.masked[:0]
+            room = min(self._batch, max(1, MAX_BATCH_BYTES // pixels.nbytes))
+            images = Packed(pixels) if is_packed else self._begin(pixels, counts, masked, room)
             batch = self._open = _OpenBatch(image.run, image.number, timestamp_ns, images, room)
         series.last = max(series.last, image.number)
         if len(batch.images) == batch.room:
@@ -170,7 +174,7 @@ class DectrisDecoder:
     ) -> _Rows | Photons:
         """Return the images of a batch, of which there is the first."""
         limit = np.iinfo(counts.dtype).max - 1
-        self._was_dim = self._photons and is_dim(pixels, counts, limit, before=self._was_dim)
+        self._was_dim = self._give == "photons" and is_dim(pixels, counts, limit, before=self._was_dim)
         if not self._was_dim:
             return _Rows(counts, masked, room)
         return Photons(_Rows(counts, masked, 1).frames()[0], limit)
@@ -182,17 +186,23 @@ class DectrisDecoder:
             raise DecodeError(f"image {image.number} of {image.run} has no channel {channel}; there are: {there}")
         return image.channels[channel]
 
-    def _announce(self, series: _Series, counts: NDArray[Any]) -> Iterator[RunStart]:
+    def _stays_packed(self, run: str, pixels: Pixels) -> bool:
+        if self._give != "chunks" or not is_packable(pixels):
+            return False
+        start = self._series.start if self._series is not None and self._series.run == run else None
+        return start is None or not start.masks
+
+    def _announce(self, series: _Series, pixels: Pixels) -> Iterator[RunStart]:
         start = series.start
         if start is None or series.announced is not None:
             return
-        series.announced = counts.shape
-        largest = int(np.iinfo(counts.dtype).max)
+        series.announced = pixels.shape
+        largest = int(np.iinfo(pixels.dtype).max)
         mask = start.masks.get(self._channel or next(iter(start.masks), ""))
-        if mask is not None and mask.shape == counts.shape:
+        if mask is not None and mask.shape == pixels.shape:
             series.masked = np.flatnonzero(mask)
         elif mask is not None:
-            logger.warning("%s: pixel mask %s does not fit images %s: not applied", start.run, mask.shape, counts.shape)
+            logger.warning("%s: pixel mask %s does not fit images %s: not applied", start.run, mask.shape, pixels.shape)
         if start.count_time > start.frame_time:
             logger.warning(
                 "%s: count_time %g s is longer than frame_time, %g s, which is taken",
@@ -202,8 +212,8 @@ class DectrisDecoder:
             )
         yield RunStart(
             run=start.run,
-            shape=counts.shape,
-            dtype=counts.dtype.str,
+            shape=pixels.shape,
+            dtype=pixels.dtype,
             saturation_value=largest - 1,
             frame_time=start.frame_time,
             count_time=min(start.count_time, start.frame_time),
@@ -250,7 +260,7 @@ class DectrisSource:
     ----------
     address
         ``tcp://host:9999`` (V1) or ``tcp://host:31001`` (V2).
-    channel, batch, photons
+    channel, batch, give
         See `DectrisDecoder`.
 
     Raises
@@ -259,9 +269,9 @@ class DectrisSource:
         The address cannot be one.
     """
 
-    def __init__(self, address: str, *, channel: str | None = None, batch: int = 64, photons: bool = False) -> None:
+    def __init__(self, address: str, *, channel: str | None = None, batch: int = 64, give: Give = "frames") -> None:
         self._address = address
-        self._decoder = DectrisDecoder(channel=channel, batch=batch, photons=photons)
+        self._decoder = DectrisDecoder(channel=channel, batch=batch, give=give)
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self._socket.set(zmq.RCVHWM, RECEIVE_HWM)
         self._socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -14,6 +13,7 @@ from dectris.compression import decompress
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from stream.blocks import HEADER, MAX_BLOCK_BYTES
 from stream.errors import DecodeError
 from stream.messages import RunStart
 from stream.wire import MAX_COUNT, MAX_FRAME_BYTES, MAX_SECONDS, check_start, shown, words
@@ -29,9 +29,6 @@ Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
 
 MAX_TEXT = 2**16
 """Characters of one text in the metadata."""
-
-_BITSHUFFLE_BLOCK = 8192
-_HDF5_FRAME = struct.Struct(">QI")  # bytes in all, bytes in a block
 
 
 class Fields(BaseModel):
@@ -74,12 +71,12 @@ class Pixels:
         if self.codec == "none" and len(self.data) != self.nbytes:
             raise DecodeError(f"{where} are {self.nbytes} bytes, not {len(self.data)}")
         if self.codec in ("bslz4", "lz4"):
-            if len(self.data) < _HDF5_FRAME.size:
+            if len(self.data) < HEADER.size:
                 raise DecodeError(f"{self.codec}: {len(self.data)} bytes are not a compressed image")
-            declared, block = _HDF5_FRAME.unpack_from(self.data)
+            declared, block = HEADER.unpack_from(self.data)
             if declared != self.nbytes:
                 raise DecodeError(f"{self.codec}: {where} are {self.nbytes} bytes, not the {declared} declared")
-            if block > max(self.nbytes, _BITSHUFFLE_BLOCK):
+            if block > max(self.nbytes, MAX_BLOCK_BYTES):
                 raise DecodeError(f"{self.codec}: a block of {block} bytes in an image of {self.nbytes}")
 
     @property

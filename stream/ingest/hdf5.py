@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from stream.errors import ConfigError, DecodeError, SourceError
 from stream.ingest import nexus
 from stream.ingest.dectris_messages import Pixels
+from stream.ingest.packed import Packed, is_packable
 from stream.ingest.photons import Photons, is_dim
 from stream.ingest.position import frame_at, place_of
-from stream.messages import Events, ExitStatus, FrameBatch, Message, Position, Rejected, RunStop
-from stream.wire import MAX_FRAME_BYTES
+from stream.messages import Chunks, ExitStatus, FrameBatch, Frames, Give, Message, Position, Rejected, RunStop
+from stream.wire import MAX_FRAME_BYTES, MAX_LENGTH
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ BITSHUFFLE, LZ4 = 32008, 2
 
 _UNREADABLE = (OSError, RuntimeError, ValueError, DecodeError)
 
-_Stretch = tuple[int, NDArray[np.unsignedinteger[Any]] | Events | str]
+_Stretch = tuple[int, Frames | str]
 """How many frames that follow each other, and they, or what is wrong with them."""
 
 
@@ -54,10 +55,11 @@ class Hdf5Source:
         Frames per `FrameBatch`, rounded to whole chunks of the file so that each is decompressed once.
     frame_time
         Start to start of frames (s). None: as the file says.
-    photons
-        Let batches of frames stored one by one with bitshuffle and LZ4, as EIGERs do, of which the first is dim, come
-        as `stream.messages.Events`, see `stream.ingest.photons`. For operators only: others of a batch do not tell
-        again which pixels are masked or overflown in its first frame.
+    give
+        What becomes of frames stored one by one with bitshuffle and LZ4, as EIGERs do. "photons" lets batches of which
+        the first is dim come as `stream.messages.Events`, see `stream.ingest.photons`. For operators only: others of a
+        batch do not tell again which pixels are masked or overflown in its first frame. "chunks" lets batches of which
+        all are well-formed come as `stream.messages.Chunks`, where no mask is left to us to apply.
 
     Raises
     ------
@@ -92,7 +94,7 @@ class Hdf5Source:
         dataset: str | None = None,
         batch: int = 64,
         frame_time: float | None = None,
-        photons: bool = False,
+        give: Give = "frames",
     ) -> None:
         if batch < 1:
             raise ConfigError(f"batch is {batch}, must be at least 1")
@@ -115,8 +117,8 @@ class Hdf5Source:
                 self._files = files.pop_all()
         except (OSError, RuntimeError, KeyError, ValueError) as error:  # as h5py finds the file damaged
             raise SourceError(f"{path} is damaged: {error}") from error
-        self._batch = batch
-        self._wants_photons = photons
+        self._batch = min(batch, MAX_LENGTH) if give == "chunks" else batch
+        self._give = give
         limit = self._start.saturation_value
         self._limit = np.iinfo(self._start.dtype).max if limit is None else limit
         self._was_dim = True
@@ -161,15 +163,38 @@ class Hdf5Source:
         block, row = self._blocks[which], begin - self._offsets[which]
         step = block.step(self._batch)
         n = min(step - row % step, block.n_frames - row)
-        photons = self._dim(block, row)
-        stretches = self._rows(block, row, n) if photons is None else self._photons(block, row, n, photons)
-        for size, frames in stretches:
+        for size, frames in self._stretches(block, row, n):
             first, self._next = self._next, self._next + size
             if isinstance(frames, str):
                 yield Rejected(reason=f"{block.name}: frames {first} to {self._next - 1}: {frames}")
             else:
                 timestamp_ns = self._start_ns + round(first * self._start.frame_time * 1e9)
                 yield FrameBatch(run=self._start.run, first=first, frames=frames, timestamp_ns=timestamp_ns)
+
+    def _stretches(self, block: "_Block", row: int, n: int) -> Iterator[_Stretch]:
+        if (packed := self._packed(block, row, n)) is not None:
+            yield n, packed
+        elif (photons := self._dim(block, row)) is not None:
+            yield from self._photons(block, row, n, photons)
+        else:
+            yield from self._rows(block, row, n)
+
+    def _packed(self, block: "_Block", row: int, n: int) -> Chunks | None:
+        """Return n frames as they are stored, if they can be taken on so."""
+        if not (self._give == "chunks" and block.is_bslz4 and not self._masked.size):
+            return None
+        try:
+            images = [block.image(i) for i in range(row, row + n)]
+        except _UNREADABLE:
+            return None
+        if not is_packable(images[0]):
+            return None
+        packed = Packed(images[0])
+        for image in images[1:]:
+            if not packed.fits(image):
+                return None
+            packed.append(image)
+        return packed.frames()
 
     def _rows(self, block: "_Block", row: int, n: int) -> Iterator[_Stretch]:
         frames = block.room(n)
@@ -184,7 +209,7 @@ class Hdf5Source:
 
     def _dim(self, block: "_Block", row: int) -> Photons | None:
         """Return frame `row` as the first of a batch of photons, if that pays."""
-        if not (self._wants_photons and block.is_bslz4):
+        if not (self._give == "photons" and block.is_bslz4):
             return None
         try:
             image = block.image(row)

@@ -9,9 +9,10 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, TopicPartiti
 from confluent_kafka import Message as Record
 
 from stream.errors import DecodeError, NotSeekable, SourceError
+from stream.ingest.chunks import Unpacking, frames_of
 from stream.kafka import ANSWER, Cluster, address
 from stream.messages import FrameBatch, Message, Output, Position, Rejected, Result, RunStart, RunStop
-from stream.wire import check_start, decode
+from stream.wire import decode
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ class KafkaSource:
         See `stream.kafka.Cluster`.
     region
         Which partition.
+    group
+        Under whose name it is told how far we are, for those who watch the lag: nobody joins it.
     timeout
         How long the cluster may take for its first answer (s).
 
@@ -66,9 +69,12 @@ class KafkaSource:
         region: int,
         *,
         properties: Mapping[str, str] | None = None,
+        group: str = "xpcs-stream",
         timeout: float = ANSWER,
     ) -> None:
-        self._records = _Records(bootstrap, topic, region, properties, timeout)
+        self._records = _Records(bootstrap, topic, region, properties, group, timeout)
+        self._unpack = Unpacking()
+        self._position: Position = {}
 
     def __enter__(self) -> Self:
         return self
@@ -84,18 +90,17 @@ class KafkaSource:
         SourceError
             The topic is gone, or we are not let in any more.
         """
-        for where, message in self._records:
-            match message:
-                case Result(operator=name):
-                    yield Rejected(reason=f"{where}: a result of {name!r} stands where frames are expected")
-                case RunStart():
-                    yield _checked(where, message)
-                case _:
-                    yield message
+        for message, position in frames_of(self._records, self._unpack):
+            self._position = position
+            yield message
 
     def position(self) -> Position:
-        """Return ``{"topic:region": offset}`` of the record after the one yielded last; {} before the first."""
-        return self._records.position()
+        """Return ``{"topic:region": offset}`` of the record that comes next; {} before the first.
+
+        A record of `stream.messages.Chunks` of which some are damaged becomes several messages: it is passed with the
+        last one.
+        """
+        return self._position
 
     def seek(self, position: Position) -> None:
         """Go to a `position` before iterating.
@@ -106,6 +111,15 @@ class KafkaSource:
             It is of another topic or region.
         """
         self._records.seek(position)
+        self._position = position
+
+    def begin(self, start: RunStart) -> None:
+        """Tell which run the frames at a position are of."""
+        self._unpack.begin(start)
+
+    def acknowledge(self, position: Position) -> None:
+        """Tell that nothing before a position will be asked for again. For any thread."""
+        self._records.acknowledge(position)
 
 
 class KafkaResults:
@@ -120,9 +134,10 @@ class KafkaResults:
         topic: str,
         *,
         properties: Mapping[str, str] | None = None,
+        group: str = "xpcs-stream",
         timeout: float = ANSWER,
     ) -> None:
-        self._records = _Records(bootstrap, topic, None, properties, timeout)
+        self._records = _Records(bootstrap, topic, None, properties, group, timeout)
 
     def __enter__(self) -> Self:
         return self
@@ -153,12 +168,22 @@ class KafkaResults:
         """
         self._records.seek(position)
 
+    def acknowledge(self, position: Position) -> None:
+        """See `KafkaSource.acknowledge`."""
+        self._records.acknowledge(position)
+
 
 class _Records:
     """Some partitions of a topic, and our wire on them."""
 
     def __init__(
-        self, bootstrap: str, topic: str, region: int | None, properties: Mapping[str, str] | None, timeout: float
+        self,
+        bootstrap: str,
+        topic: str,
+        region: int | None,
+        properties: Mapping[str, str] | None,
+        group: str,
+        timeout: float,
     ) -> None:
         self._cluster = Cluster(bootstrap, properties, SourceError)
         self._topic = topic
@@ -181,7 +206,7 @@ class _Records:
                 "fetch.max.bytes": 2 * FETCH_BYTES,
             },
             defaults={
-                "group.id": "xpcs-stream",  # librdkafka wants one; nobody joins it
+                "group.id": group,
                 "fetch.queue.backoff.ms": 10,  # when the queue was full
             },
         )
@@ -195,6 +220,12 @@ class _Records:
             if place not in regions or offset < 0:
                 raise NotSeekable(f"{self._where} cannot go to {place} = {offset}")
         self._next = {regions[place]: offset for place, offset in position.items()}
+
+    def acknowledge(self, position: Position) -> None:
+        regions = {f"{self._topic}:{region}": region for region in self._regions}
+        reached = [TopicPartition(self._topic, regions[place], offset) for place, offset in position.items()]
+        if reached:
+            self._consumer.commit(offsets=reached, asynchronous=True)
 
     def __iter__(self) -> Iterator[tuple[str, Output | Rejected | None]]:
         """Yield messages, and where they stand."""
@@ -272,11 +303,3 @@ def _read(record: Record, where: str) -> Output | Rejected:
     if message.region != record.partition():
         return Rejected(reason=f"{where}: it is of region {message.region}")
     return message
-
-
-def _checked(where: str, start: RunStart) -> RunStart | Rejected:
-    try:
-        check_start(start)
-    except ValueError as error:
-        return Rejected(reason=f"{where}: run {start.run!r}: {error}")
-    return start

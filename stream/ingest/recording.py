@@ -14,7 +14,7 @@ import cbor2
 
 from stream.errors import DecodeError, SourceError
 from stream.ingest.dectris import DectrisDecoder
-from stream.messages import Message, Position, Rejected
+from stream.messages import Give, Message, Position, Rejected
 
 MAX_PARTS = 64
 """Of one message; DECTRIS sends up to 9."""
@@ -62,7 +62,7 @@ class RecordingSource:
     """A recording, decoded as if it came from the detector; a `stream.protocols.Source` that can seek.
 
     Seeking decodes again from the beginning and leaves out what was yielded before, so that headers, masks and a batch
-    in the making are the same. `channel`, `batch` and `photons` are those of `stream.ingest.dectris.DectrisDecoder`,
+    in the making are the same. `channel`, `batch` and `give` are those of `stream.ingest.dectris.DectrisDecoder`,
     and must be the same as when the position was taken. Where the recording is damaged it ends, with a Rejected.
 
     Raises
@@ -71,11 +71,11 @@ class RecordingSource:
         The file cannot be opened.
     """
 
-    def __init__(self, path: Path, *, channel: str | None = None, batch: int = 64, photons: bool = False) -> None:
+    def __init__(self, path: Path, *, channel: str | None = None, batch: int = 64, give: Give = "frames") -> None:
         self._path = path
         self._channel = channel
         self._batch = batch
-        self._photons = photons
+        self._give = give
         self._n_yielded = 0
         self._place = f"{path.name}:message"
         _open(path).close()
@@ -109,7 +109,7 @@ class RecordingSource:
         self._n_yielded = position.get(self._place, 0)
 
     def _decode(self) -> Iterator[Message]:
-        decoder = DectrisDecoder(channel=self._channel, batch=self._batch, photons=self._photons)
+        decoder = DectrisDecoder(channel=self._channel, batch=self._batch, give=self._give)
         try:
             for parts in messages(self._path):
                 yield from decoder.feed(parts)

@@ -40,7 +40,7 @@ class Intensity:
 
     def push(self, batch: FrameBatch) -> None:
         """Fold in frames; see `stream.protocols.Operator`."""
-        frames = batch.frames if isinstance(batch.frames, Events) else flat(batch.frames)
+        frames = batch.unpacked if isinstance(batch.unpacked, Events) else flat(batch.unpacked)
         per_frame = np.zeros((self._threads.n, 2, len(frames)), np.int64)
 
         def add(part: int, begin: int, end: int) -> None:

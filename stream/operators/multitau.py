@@ -154,10 +154,11 @@ class MultiTau:
             # The kernels read where the run says that there are frames.
             raise ValueError(f"multitau: frames {batch.frames.shape} {batch.frames.dtype} are not those of the run")
         self.miss(batch.first)
-        if isinstance(batch.frames, Events):
-            self._hold_events(batch.frames)
+        frames = batch.unpacked
+        if isinstance(frames, Events):
+            self._hold_events(frames)
         else:
-            self._hold(_rows(batch.frames))
+            self._hold(_rows(frames))
 
     def _hold(self, frames: NDArray[np.unsignedinteger]) -> None:
         if self._held_events:

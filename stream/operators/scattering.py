@@ -48,7 +48,7 @@ class Scattering:
 
     def push(self, batch: FrameBatch) -> None:
         """Fold in frames; see `stream.protocols.Operator`."""
-        frames = batch.frames if isinstance(batch.frames, Events) else flat(batch.frames)
+        frames = batch.unpacked if isinstance(batch.unpacked, Events) else flat(batch.unpacked)
         spans = zip(
             self._counts.over(batch.first, len(frames)), self._pixel_frames.over(batch.first, len(frames)), strict=True
         )

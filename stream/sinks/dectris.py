@@ -133,7 +133,7 @@ class DectrisSink:
         frame_ns = start.frame_time * 1e9
         if self._series_ns is None:
             self._series_ns = batch.timestamp_ns - round(batch.first * frame_ns)
-        for i, frame in enumerate(batch.frames):
+        for i, frame in enumerate(batch.unpacked):
             image = CompressedImage(
                 number=batch.first + i,
                 timestamp_ns=batch.timestamp_ns + round(i * frame_ns),

@@ -3,19 +3,17 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Self
 
-import numpy as np
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
-from numpy.typing import NDArray
 
 from stream.errors import SinkError
 from stream.kafka import ANSWER, Cluster, address
-from stream.messages import Events, FrameBatch, Output, Result, RunStart
+from stream.messages import FrameBatch, Output, Result, RunStart
+from stream.sinks.pieces import HEADER_BYTES, Pieces, payload_ends
 from stream.wire import encode
 
 _log = logging.getLogger(__name__)
@@ -31,9 +29,6 @@ RECORD_BYTES = 1_000_000
 
 FRAMING_BYTES = 256
 """What Kafka puts around the key, the header and the payload of a record, and then some."""
-
-FRAMES_HEADER_BYTES = 2048
-"""More than key, header and framing of any frames."""
 
 POLL = 0.1
 """How often a wait looks whether it was stopped (s)."""
@@ -92,10 +87,10 @@ class KafkaSink:
         self._timeout = timeout
         self._stop = stop
         self._failure = ""
-        self._starts: dict[int, RunStart] = {}
         within = min(timeout, ANSWER)
         self._n_regions = self._cluster.n_partitions(topic, within)
         self._limit = max_record_bytes or self._cluster.max_record_bytes(topic, within)
+        self._pieces = Pieces(min(self._limit, RECORD_BYTES))
         self._producer = self._cluster.client(
             Producer,
             fixed={
@@ -139,9 +134,7 @@ class KafkaSink:
         self._check()
         if output.region >= self._n_regions:
             raise SinkError(f"{self._where} has {self._n_regions} partitions: none for region {output.region}")
-        if isinstance(output, RunStart):
-            self._starts[output.region] = output
-        for piece in self._pieces(output) if isinstance(output, FrameBatch) else [output]:
+        for piece in self._pieces.cut(output):
             self._send(piece)
 
     def flush(self) -> None:
@@ -233,34 +226,6 @@ class KafkaSink:
         else:
             self._failure = self._failure or failure
 
-    def _pieces(self, batch: FrameBatch) -> Iterator[FrameBatch]:
-        """Cut frames into what fits into records, one frame at least."""
-        room = min(self._limit, RECORD_BYTES) - FRAMES_HEADER_BYTES
-        ends = _ends(batch.frames)
-        first = 0
-        while first < len(batch.frames):
-            end = max(first + 1, int(np.searchsorted(ends, ends[first] + room, "right")) - 1)
-            yield replace(
-                batch,
-                first=batch.first + first,
-                frames=batch.frames[first:end],
-                timestamp_ns=batch.timestamp_ns + (self._ns_of(batch, first) if first else 0),
-            )
-            first = end
-
-    def _ns_of(self, batch: FrameBatch, n: int) -> int:
-        """Return how long n frames take (ns); 0 if we came later than the start of the run, which told it."""
-        start = self._starts.get(batch.region)
-        return round(n * start.frame_time * 1e9) if start is not None and start.run == batch.run else 0
-
-
-def _ends(frames: NDArray[np.unsignedinteger] | Events) -> NDArray[np.int64]:
-    """Return where each frame ends in the payload (bytes), after a leading 0."""
-    n = np.arange(len(frames) + 1)
-    if isinstance(frames, Events):
-        return 8 * n + frames.offsets * (4 + frames.dtype.itemsize)
-    return n * (frames.nbytes // len(frames))
-
 
 def _name(output: Output) -> str:
     match output:
@@ -278,6 +243,6 @@ def _remedy(output: Output, limit: int) -> str:
     if not isinstance(output, FrameBatch):
         return "; raise max.message.bytes of the topic"
     _, rows, _ = output.frames.shape
-    n_bytes = int(_ends(output.frames)[-1])
-    rows_each = rows * (limit - FRAMES_HEADER_BYTES) // n_bytes
+    n_bytes = int(payload_ends(output)[-1])
+    rows_each = rows * (limit - HEADER_BYTES) // n_bytes
     return f"; cut into {-(-rows // rows_each)} regions they would fit" if rows_each else ""

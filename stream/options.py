@@ -1,0 +1,84 @@
+"""What the options of several commands have in common."""
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stream.errors import ConfigError
+
+if TYPE_CHECKING:
+    from stream.config import Place
+
+
+def measured(unit: str) -> Any:
+    """Return the reader of an option that is given with its unit."""
+
+    def quantity_of(text: str | float) -> float:
+        from stream.units import quantity
+
+        if isinstance(text, float):  # the default
+            return text
+        try:
+            value = quantity(text, unit)
+        except ConfigError as error:
+            raise typer.BadParameter(str(error)) from None
+        if value <= 0:
+            raise typer.BadParameter(f'"{text}" is not above 0')
+        return value
+
+    return quantity_of
+
+
+Qmap = Annotated[Path, typer.Option(help="Map of pixels to q bins (HDF5: pySimpleMask, NXxpcs).", metavar="FILE")]
+FrameTime = Annotated[
+    float | None,
+    typer.Option(
+        parser=measured("s"),
+        metavar="TIME",
+        help='Start to start of frames, for an HDF5 file that does not tell: "500 us".',
+    ),
+]
+
+
+def only_given(document: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is None or empty, at every depth."""
+    nested = {name: only_given(value) if isinstance(value, dict) else value for name, value in document.items()}
+    return {name: value for name, value in nested.items() if value not in (None, {}, [])}
+
+
+def option_of(place: "Place", document: Mapping[str, Any]) -> str:
+    """Return the option that says what stands at a place of the configuration."""
+    match place:
+        case ("source", "address", *_):
+            return "--source"
+        case ("checkpoint", *_):
+            return "--checkpoint"
+        case ("sinks", int(index), *_):
+            return "--publish" if document["sinks"][index].startswith("zmq") else "--out"
+        case _:
+            return f"--{place[-1]}".replace("_", "-")
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[threading.Event]:
+    """Yield an Event that SIGINT and SIGTERM set; a second signal ends the process at once."""
+    stop = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_signal(number: int, _: FrameType | None) -> None:
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, on_signal)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,188 @@
+"""Many processes that are one: gateway, workers and merger, with a plane between them.
+
+    gateway ──> frames, a log per region ──> workers ──> partial sums ──> merger
+
+What is between them differs (`stream.kafka_plane`, `stream.zmq_plane`); what they do and what comes out does not.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+from stream import checkpoint
+from stream.assembly import Make
+from stream.errors import ConfigError
+from stream.ledger import Ledger
+from stream.merger import Merger
+from stream.merging import Results, merge, saved
+from stream.messages import FrameBatch, Message, Position, Rejected, RunStart, RunStop
+from stream.pipeline import Pipeline, deliver
+from stream.protocols import Sink, Source
+from stream.regions import Regions
+from stream.serving import Serving
+
+_log = logging.getLogger(__name__)
+
+
+class Frames(AbstractContextManager["Frames"], Protocol):
+    """A `Source` of one region, to which a worker tells what it has safe."""
+
+    def __iter__(self) -> Iterator[Message | None]:
+        """Yield messages; see `Source`."""
+
+    def position(self) -> Position:
+        """Return where to go on; see `Source`."""
+
+    def seek(self, position: Position) -> None:
+        """Go to a position; see `Source`."""
+
+    def begin(self, start: RunStart) -> None:
+        """Tell which run the frames at a position are of."""
+
+    def acknowledge(self, position: Position) -> None:
+        """Tell that nothing before a position will be asked for again. For any thread."""
+
+
+class Group(Protocol):
+    """A member of a group of workers, among whom regions are shared out."""
+
+    def take_part(self, serving: Serving, stop: threading.Event) -> None:
+        """Serve the regions that are ours until `stop` is set."""
+
+
+class Plane(Protocol):
+    """What is between the processes of a beamline."""
+
+    beamline: str
+
+    def gateway(self, n_regions: int, *, ring_bytes: int, waits: bool, stop: threading.Event) -> Sink:
+        """Return where frames of all regions go.
+
+        Parameters
+        ----------
+        ring_bytes
+            Of frames of each region that are kept.
+        waits
+            Wait where there is no room for frames, as a file can; else the oldest are lost.
+        """
+
+    def wait(self, stop: threading.Event) -> None:
+        """Return once a gateway was there, or `stop` is set; where that does not matter, at once."""
+
+    def group(self, name: str | None) -> Group:
+        """Return a member of the group of workers."""
+
+    def frames(self, region: int) -> Frames:
+        """Return the frames of a region."""
+
+    def partials(self, stop: threading.Event) -> Sink:
+        """Return where workers publish their partial sums."""
+
+    def results(self) -> Results:
+        """Return all partial sums."""
+
+
+def send(source: Source, sinks: Sequence[Sink], regions: Regions, stop: threading.Event) -> Ledger:
+    """Send what comes to the regions until the source ends or `stop` is set; return the ledger of the last run.
+
+    Raises
+    ------
+    SourceError, SinkError
+        One of them is gone.
+    """
+    ledger = Ledger()
+    for message in source:
+        if isinstance(message, RunStart | FrameBatch | RunStop):
+            try:
+                parts = list(regions.cut(message))
+            except ConfigError as error:
+                if isinstance(message, RunStart):
+                    raise
+                _log.warning("stray: %s of run %s: %s", type(message).__name__, message.run, error)
+                continue
+            for sink in sinks:
+                for part in parts:
+                    sink.write(part)
+        match message:
+            case RunStart():
+                ledger = Ledger()
+                _log.info("run %s begins", message.run)
+                deliver([], sinks)
+            case FrameBatch():
+                ledger.admit(message.first, len(message.frames))
+            case RunStop():
+                ledger.close(max(message.n_frames, ledger.next_frame))
+                _log.info("run %s ends: %d frames, %d lost before us", message.run, ledger.sent, ledger.lost)
+                deliver([], sinks)
+            case Rejected():
+                ledger.undecodable += 1
+                _log.warning("rejected: %s", message.reason)
+        if stop.is_set():
+            break
+    deliver([], sinks)
+    return ledger
+
+
+def work(
+    plane: Plane,
+    make: Make,
+    *,
+    checkpoints: Path,
+    name: str | None,
+    publish_every: float,
+    checkpoint_every: float,
+    stop: threading.Event,
+) -> None:
+    """Correlate the regions that are ours until `stop` is set; their checkpoints lie where all workers reach them.
+
+    Raises
+    ------
+    XpcsStreamError
+        The plane does not let us take part, or a region could not be correlated.
+    """
+
+    def serve(region: int, stop: threading.Event) -> None:
+        with plane.frames(region) as source, plane.partials(stop) as sink:
+            epochs = checkpoint.Epochs(checkpoints / f"{plane.beamline}.{region:04d}")
+            Pipeline(
+                source,
+                make,
+                [sink],
+                partials=True,
+                publish_every=publish_every,
+                checkpoints=checkpoint.Acknowledged(epochs, source),
+                checkpoint_every=checkpoint_every,
+                stop=stop,
+            ).run()
+
+    plane.group(name).take_part(Serving(serve), stop)
+
+
+def merge_partials(
+    plane: Plane,
+    make: Make,
+    sinks: Sequence[Sink],
+    *,
+    position: Path | None,
+    publish_every: float,
+    patience: float,
+    runs: int | None,
+    stop: threading.Event,
+) -> None:
+    """Merge the partial sums of a beamline, see `stream.merging.merge`."""
+    begin, ended = saved(position)
+    with plane.results() as source:
+        if begin:
+            source.seek(begin)
+        merge(
+            source,
+            Merger(make, patience=patience, ended=ended),
+            sinks,
+            position=position,
+            publish_every=publish_every,
+            runs=runs,
+            stop=stop,
+        )

@@ -1,0 +1,307 @@
+"""The commands of the streaming plane. What they name is made by `stream.plane`."""
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stream.options import FrameTime, Qmap, measured, only_given, option_of, stopped_by_signals
+
+# As in `stream.__main__`: only what `--help` needs is imported up here.
+if TYPE_CHECKING:
+    from stream.assembly import Make
+    from stream.operators.roimap import RoiMap
+    from stream.plane import Plane
+
+_PLANE = "kafka://HOST:PORT/BEAMLINE or zmq://HOST:PORT/BEAMLINE"
+
+Source = Annotated[str, typer.Option(help=f"{_PLANE}: that of the gateway.", metavar="ADDRESS")]
+KafkaProperties = Annotated[
+    Path | None,
+    typer.Option(
+        "--kafka-properties",
+        metavar="FILE",
+        help="Settings of librdkafka, name=value a line. Secrets stand elsewhere: sasl.password=file:PATH or env:NAME.",
+    ),
+]
+SecretKey = Annotated[
+    Path | None,
+    typer.Option("--secret-key", metavar="FILE", help="zmq: encrypt with this key, see `xpcs-stream keys`."),
+]
+GatewayKey = Annotated[
+    Path | None, typer.Option("--gateway-key", metavar="FILE", help="zmq: the public key of the gateway.")
+]
+
+
+def _plane(text: str, properties: Path | None, secret_key: Path | None, peers: Path | None, *, binds: bool) -> "Plane":
+    """Return the plane at an address; `peers` are the keys that may come, or the one that we go to."""
+    from stream.config import address
+    from stream.curve import ClientKeys, GatewayKeys
+    from stream.kafka_plane import KafkaPlane, read_properties
+    from stream.zmq_plane import ZmqPlane
+
+    where = address(text)
+    if where.transport not in ("kafka", "hub"):
+        raise typer.BadParameter(f'"{text}" is not {_PLANE}')
+    if where.transport == "kafka":
+        if secret_key or peers:
+            raise typer.BadParameter(f"keys of ZeroMQ are not for {text}; see --kafka-properties")
+        return KafkaPlane(where.target, read_properties(properties))
+    if properties:
+        raise typer.BadParameter(f"--kafka-properties are not for {text}")
+    if (secret_key is None) != (peers is None):
+        raise typer.BadParameter(f"--secret-key and {'--allowed' if binds else '--gateway-key'} go together")
+    keys: ClientKeys | GatewayKeys | None = None
+    if secret_key is not None and peers is not None:
+        keys = (GatewayKeys if binds else ClientKeys).read(secret_key, peers)
+    hub, _, beamline = where.target.rpartition("/")
+    return ZmqPlane(hub, beamline, keys)
+
+
+def gateway(
+    source: Annotated[str, typer.Option(help="Where frames come from.", metavar="ADDRESS")],
+    to: Annotated[list[str], typer.Option(help=f"{_PLANE}; may be given twice.", metavar="ADDRESS")],
+    regions: Annotated[int, typer.Option(min=1, max=4096, help="Bands of rows, each correlated by one worker.")],
+    channel: Annotated[str | None, typer.Option(help="Threshold channel of a DECTRIS stream.")] = None,
+    frame_time: FrameTime = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            help="GB of frames kept of each region: 10 on the disk of Kafka; 0.5 in memory for zmq, and as much for "
+            "partial sums. If not given.",
+            show_default=False,
+        ),
+    ] = None,
+    kafka_properties: KafkaProperties = None,
+    secret_key: SecretKey = None,
+    allowed: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="zmq: public keys of the workers and mergers that may come.")
+    ] = None,
+) -> None:
+    """Send a detector's frames to the workers, cut into regions.
+
+    Over Kafka, which keeps them (the topics BEAMLINE.xpcs.frames and BEAMLINE.xpcs.partials are made if they are not
+    there); or over ZeroMQ, where workers and mergers come to this process, which keeps in memory what they do not have
+    safe yet, and stays until they have it.
+
+    xpcs-stream gateway --source zmq+dectris://127.0.0.1:31001 --to zmq://127.0.0.1:5555/8idi --regions 4
+    """
+    from stream import plane
+    from stream.assembly import source_of
+    from stream.config import address, check
+    from stream.regions import Regions
+
+    given = {"address": source, "channel": channel, "frame_time": frame_time and f"{frame_time!r} s"}
+    document = only_given({"source": given, "qmap": "any"})  # which is not asked for
+    section = check(document, lambda place: f"{option_of(place, document)}: ").source
+    is_file = address(source).transport in ("hdf5", "recording", "rigaku")
+    with stopped_by_signals() as stop, ExitStack() as stack:
+        sinks = []
+        for text in to:
+            is_kafka = address(text).transport == "kafka"
+            properties, keys = (kafka_properties, (None, None)) if is_kafka else (None, (secret_key, allowed))
+            there = _plane(text, properties, *keys, binds=True)
+            ring_bytes = round((keep or (10.0 if is_kafka else 0.5)) * 1e9)
+            sinks.append(stack.enter_context(there.gateway(regions, ring_bytes=ring_bytes, waits=is_file, stop=stop)))
+        frames = stack.enter_context(source_of(section, give="chunks"))
+        typer.echo(f"taking frames from {source}", err=True)
+        ledger = plane.send(frames, sinks, Regions(regions), stop)
+        typer.echo(
+            f"sent {ledger.received:,} frames to {regions} regions of {' and '.join(to)}, {ledger.lost:,} lost before",
+            err=True,
+        )
+
+
+def worker(
+    source: Source,
+    qmap: Qmap,
+    checkpoints: Annotated[
+        Path, typer.Option(help="Directory that all workers of the beamline reach; a region goes on from there.")
+    ],
+    delays_per_level: Annotated[int, typer.Option(help="4 at the APS.")] = 4,
+    levels: Annotated[int, typer.Option(help="Levels of multi-tau.")] = 16,
+    publish_every: Annotated[
+        float, typer.Option(parser=measured("s"), metavar="TIME", help='Between partial sums: "1 s".')
+    ] = 1.0,
+    checkpoint_every: Annotated[
+        float, typer.Option(parser=measured("s"), metavar="TIME", help="What is replayed at most after a kill.")
+    ] = 30.0,
+    threads: Annotated[int | None, typer.Option(help="Threads that correlate; one per core if not given.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Keeps its regions for one that is started again under this name soon.")
+    ] = None,
+    kafka_properties: KafkaProperties = None,
+    secret_key: SecretKey = None,
+    gateway_key: GatewayKey = None,
+) -> None:
+    """Correlate the regions that this worker is given, together with all others of the beamline.
+
+    Start as many as there are nodes, and stop or kill any of them at any time: the others go on with its regions.
+
+    xpcs-stream worker --source zmq://127.0.0.1:5555/8idi --qmap qmap.h5 --checkpoints checkpoints
+    """
+    from stream import plane
+    from stream.assembly import compile_kernels
+
+    there = _plane(source, kafka_properties, secret_key, gateway_key, binds=False)
+    make, roimap = _operators(qmap, delays_per_level, levels, threads)
+    compile_kernels(make, roimap, lambda text: typer.echo(text, err=True))
+    with stopped_by_signals() as stop:
+        there.wait(stop)
+        typer.echo(f"taking regions of {source}", err=True)
+        plane.work(
+            there,
+            make,
+            checkpoints=checkpoints,
+            name=name,
+            publish_every=publish_every,
+            checkpoint_every=checkpoint_every,
+            stop=stop,
+        )
+
+
+def merge(
+    ctx: typer.Context,
+    source: Source,
+    qmap: Qmap,
+    out: Annotated[
+        str | None, typer.Option(help="Result file, NXxpcs; {run} in it stands for the run.", metavar="FILE")
+    ] = None,
+    publish: Annotated[str | None, typer.Option(help="Publish results at zmq://HOST:PORT.", metavar="ADDRESS")] = None,
+    position: Annotated[
+        Path | None, typer.Option(help="Keep here which runs are done, so that a restart does not repeat them.")
+    ] = None,
+    delays_per_level: Annotated[int, typer.Option(help="As the workers.")] = 4,
+    levels: Annotated[int, typer.Option(help="As the workers.")] = 16,
+    publish_every: Annotated[
+        float, typer.Option(parser=measured("s"), metavar="TIME", help='Between interim results: "1 s".')
+    ] = 1.0,
+    patience: Annotated[
+        float,
+        typer.Option(parser=measured("s"), metavar="TIME", help="A region that is further behind is left out for now."),
+    ] = 10.0,
+    runs: Annotated[int | None, typer.Option(min=1, help="Stop after so many runs.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No live display.")] = False,
+    kafka_properties: KafkaProperties = None,
+    secret_key: SecretKey = None,
+    gateway_key: GatewayKey = None,
+) -> None:
+    """Add up what the workers know of their regions. Prints the name of every result file.
+
+    xpcs-stream merge --source zmq://127.0.0.1:5555/8idi --qmap qmap.h5 --out result-{run}.h5
+    """
+    from stream import plane
+    from stream.assembly import sink_of
+    from stream.config import check
+
+    there = _plane(source, kafka_properties, secret_key, gateway_key, binds=False)
+    make, roimap = _operators(qmap, delays_per_level, levels, None)
+    multitau = {"delays_per_level": delays_per_level, "levels": levels}
+    sinks = [sink for sink in (None if quiet else "console", out, publish) if sink]
+    configuration = check(
+        {
+            "source": {"address": source},
+            "qmap": str(qmap),
+            "operators": {"multitau": multitau},
+            "sinks": sinks or ["console"],
+        }
+    )
+    with stopped_by_signals() as stop, ExitStack() as stack:
+        open_sinks = [
+            stack.enter_context(sink_of(text, configuration, roimap, ctx.obj, typer.echo))
+            for text in configuration.sinks
+            if sinks
+        ]
+        there.wait(stop)
+        typer.echo(f"taking partial sums from {source}", err=True)
+        plane.merge_partials(
+            there,
+            make,
+            open_sinks,
+            position=position,
+            publish_every=publish_every,
+            patience=patience,
+            runs=runs,
+            stop=stop,
+        )
+
+
+def _operators(qmap: Path, delays_per_level: int, levels: int, threads: int | None) -> "tuple[Make, RoiMap]":
+    """Return what makes the operators of a region, and the map."""
+    from stream.assembly import operators_of, there
+    from stream.config import check
+    from stream.operators.roimap_file import read
+
+    document = {
+        "source": {"address": "any.h5"},  # where frames come from is not asked for
+        "qmap": str(qmap),
+        "operators": {"multitau": {"delays_per_level": delays_per_level, "levels": levels}},
+        "threads": threads,
+    }
+    configuration = check(only_given(document), lambda place: f"{option_of(place, document)}: ")
+    roimap = read(there(qmap))
+    return operators_of(configuration, roimap), roimap
+
+
+def broker(
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where records, settings and log lie; ~/.local/share/xpcs-stream/kafka if not given.", metavar="DIR"
+        ),
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 9092,
+    listen: Annotated[
+        str,
+        typer.Option(
+            help="Address of this machine to listen on, and that clients are told. Whoever reaches it may read and "
+            "write everything: only this machine does, if not given.",
+            metavar="ADDRESS",
+        ),
+    ] = "127.0.0.1",
+) -> None:
+    """Run an Apache Kafka broker, for those who have none. Prints its address once it answers.
+
+    It needs Java 17 and, the first time, Maven and the network. It ends on Ctrl-C or SIGTERM; what it was sent stays in
+    DIR for the next start, a week long unless a topic says otherwise.
+
+    xpcs-stream broker --port 9092
+    """
+    from stream.broker import Broker
+
+    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share")
+    kafka = Broker(
+        directory or home / "xpcs-stream/kafka",
+        port=port,
+        listen=listen,
+        say=lambda text: typer.echo(text, err=True),
+    )
+    with stopped_by_signals() as stop, kafka:
+        typer.echo(kafka.bootstrap)
+        typer.echo(f"records and {kafka.log.name} are in {kafka.directory}", err=True)
+        kafka.watch(stop)
+
+
+def keys(
+    name: Annotated[str, typer.Argument(help="Whose they are: gateway, node17.")],
+    directory: Annotated[Path, typer.Option("--directory", metavar="DIR", help="Where they are written.")] = Path(),
+) -> None:
+    """Make a pair of keys for the ZeroMQ plane: NAME.key for others, NAME.key_secret for the one who has this name.
+
+    The gateway lets in whose NAME.key lies in the directory --allowed, from the moment that it lies there; workers and
+    mergers know the gateway by its own.
+
+    xpcs-stream keys gateway; xpcs-stream keys node17
+
+    mkdir allowed; cp node17.key allowed
+
+    xpcs-stream gateway --source ... --to zmq://*:5555/8idi --secret-key gateway.key_secret --allowed allowed
+
+    xpcs-stream worker --source zmq://HOST:5555/8idi --secret-key node17.key_secret --gateway-key gateway.key ...
+    """
+    from stream.curve import make
+
+    for path in make(directory, name):
+        typer.echo(path)
