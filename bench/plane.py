@@ -36,11 +36,14 @@ SHAPE: Shape = (512, 512)
 REGIONS = 4
 WORKERS = 2
 BATCH = 16
-FRAMES = 1024
+FRAMES = 4096
 PACED_FRAMES = 1000
 PACE = 0.01
 """Seconds between the frames of the latency run: about half of the maximal rate."""
-PUBLISH_EVERY = 0.1
+PUBLISH_EVERY = 1.0
+"""Seconds between results, by the frames' own time, as a worker has it if it is not told ..."""
+OFTEN = 0.1
+"""... and where it matters how late they are."""
 ROUNDS = 3
 STREAM = ("-m", "stream")
 RING_BYTES = 10**9
@@ -86,14 +89,17 @@ class Beamline:
         failover
             Seconds in which the regions of a dead worker should be served again.
         """
-        self.through(BATCH, BATCH, 0)  # compilers, and the broker's own warm-up
-        rounds = [(self.through(FRAMES, BATCH, 0)[0], bare(FRAMES)) for _ in range(ROUNDS)]
+        self.through(BATCH, BATCH, 0, PUBLISH_EVERY)  # compilers, and the broker's own warm-up
+        rounds = [(self.through(FRAMES, BATCH, 0, PUBLISH_EVERY)[0], bare(FRAMES)) for _ in range(ROUNDS)]
         against = "the same bytes through the bare client"
         rates = [(FRAMES / ours, FRAMES / theirs) for ours, theirs in rounds]
         yield compare(f"frames through {name} into g2", "frames/s", against, rates, target=0.8)
         gigabytes = [tuple(rate * 2 * SHAPE[0] * SHAPE[1] / 1e9 for rate in pair) for pair in rates]
         yield compare(f"frames through {name} into g2", "GB/s", against, [(a, b) for a, b in gigabytes], target=0.8)
-        late = [quantiles(self.through(PACED_FRAMES, 1, PACE)[1], n=100) for _ in range(ROUNDS)]
+        against = "the same frames in memory, one process"
+        alone = [(ours, FRAMES / self._alone(FRAMES)) for ours, _ in rates]
+        yield compare(f"frames through {name} into g2", "frames/s", against, alone)
+        late = [quantiles(self.through(PACED_FRAMES, 1, PACE, OFTEN)[1], n=100) for _ in range(ROUNDS)]
         for which, what in ((49, "median"), (98, "99th percentile")):
             seconds = [cuts[which] for cuts in late]
             yield asked_for(f"frame sent to g2 merged, {what}", "s", seconds, 1.0, less_is_better=True)
@@ -105,7 +111,7 @@ class Beamline:
             target = round(max(ratio, 1 + more / before), 2)
             yield compare(figure, "MB", against, [(after, before)], target=target, less_is_better=True)
 
-    def through(self, n: int, batch: int, pace: float) -> tuple[float, list[float]]:
+    def through(self, n: int, batch: int, pace: float, publish_every: float) -> tuple[float, list[float]]:
         """Return the seconds from the first frame to the last result, and from each frame to the result of it."""
         address, plane = self._new()
         sent: dict[int, float] = {}
@@ -115,7 +121,7 @@ class Beamline:
         sink = plane.gateway(REGIONS, ring_bytes=RING_BYTES, waits=True, stop=stop)
         with ExitStack() as stack:
             for share in (REGIONS, REGIONS // WORKERS):
-                _until(stack.enter_context(self._worker(address)), "begins here", share)
+                _until(stack.enter_context(self._worker(address, publish_every)), "begins here", share)
             stack.enter_context(sink)
             results = stack.enter_context(plane.results())
             sender = threading.Thread(target=send, args=(source, [sink], Regions(REGIONS), stop))
@@ -127,7 +133,7 @@ class Beamline:
                 outputs = list(merger.take(message)) if isinstance(message, RunStart | Result | RunStop) else []
                 if time.perf_counter() >= due:
                     outputs += merger.interim()
-                    due = time.perf_counter() + PUBLISH_EVERY
+                    due = time.perf_counter() + publish_every
                 g2 = [each.n_frames for each in outputs if isinstance(each, Result) and each.operator == "multitau"]
                 late += [time.time() - sent.pop(n_frames) for n_frames in g2 if n_frames in sent]
                 if any(isinstance(output, RunStop) for output in outputs):
@@ -141,9 +147,9 @@ class Beamline:
         """Return the seconds from the kill of one of two workers, of this program, until the other has its regions."""
         address, plane = self._new()
         sink = plane.gateway(REGIONS, ring_bytes=RING_BYTES, waits=True, stop=threading.Event())
-        with sink, self._worker(address, *program) as first:
+        with sink, self._worker(address, PUBLISH_EVERY, *program) as first:
             _until(first, "begins here", REGIONS)
-            with self._worker(address, *program) as second:
+            with self._worker(address, PUBLISH_EVERY, *program) as second:
                 _until(second, "begins here", REGIONS // 2)
                 first.kill()
                 begin = time.perf_counter()
@@ -151,16 +157,36 @@ class Beamline:
                 return time.perf_counter() - begin
 
     @contextmanager
-    def _worker(self, address: str, *program: str) -> Iterator["subprocess.Popen[str]"]:
+    def _worker(self, address: str, publish_every: float, *program: str) -> Iterator["subprocess.Popen[str]"]:
         command = ("-v", "worker", "--source", address, "--qmap", self._qmap, "--threads", "1")
-        options = ("--checkpoints", self._folder / "checkpoints", "--publish-every", f"{PUBLISH_EVERY} s")
+        options = ("--checkpoints", self._folder / "checkpoints", "--publish-every", f"{publish_every} s")
         with _started(*(program or STREAM), *command, *options) as process:
             _until(process, "taking regions", 1)
             yield process
 
-    def _operators(self, start: RunStart) -> list[Operator]:
+    def _alone(self, n: int) -> float:
+        """Return the seconds from the first frame to g2 where nothing is sent anywhere."""
+        source = _Frames(poisson(SHAPE, BATCH, 1), n, 0, lambda _: None)
+        begin = time.perf_counter()
+        operators: list[Operator] = []
+        for message in source:
+            match message:
+                case RunStart():
+                    operators = self._operators(message, WORKERS)
+                case FrameBatch():
+                    for operator in operators:
+                        operator.push(message)
+        for operator in operators:
+            operator.result()
+        return time.perf_counter() - begin
+
+    def _operators(self, start: RunStart, threads: int = 1) -> list[Operator]:
         roimap = self._roimap
-        return [MultiTau(start, roimap, threads=1), Scattering(start, roimap), Intensity(start, roimap)]
+        return [
+            MultiTau(start, roimap, threads=threads),
+            Scattering(start, roimap, threads=threads),
+            Intensity(start, roimap, threads=threads),
+        ]
 
     def _resident(self) -> dict[str, tuple[float, float]]:
         """Return the MB that gateway, worker and merger have at most until `EARLY`, and after it until `LATE`."""
@@ -174,11 +200,11 @@ class Beamline:
             display.__exit__(None, None, None)  # its port is free again, and nobody else's so soon
             taking = ("--source", detector.address.replace("tcp", "zmq"), "--regions", str(SMALL_REGIONS))
             serving = ("--checkpoints", self._folder / "small", "--checkpoint-every", "2 s", "--threads", "1")
-            often = ("--publish-every", f"{PUBLISH_EVERY} s")
+            often = ("--publish-every", f"{OFTEN} s")
             shown = display.address.replace("tcp", "zmq")
             commands: dict[str, tuple[str | Path, ...]] = {
                 "gateway": ("--to", address, *taking, "--keep", SMALL_RING),
-                "worker": ("--source", address, "--qmap", qmap, "--publish-every", "1 s", *serving),
+                "worker": ("--source", address, "--qmap", qmap, *often, *serving),
                 "merge": ("--source", address, "--qmap", qmap, "--publish", shown, "--quiet", *often),
             }
             processes = [stack.enter_context(_started(*STREAM, name, *options)) for name, options in commands.items()]

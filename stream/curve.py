@@ -13,10 +13,14 @@ from pathlib import Path
 import zmq
 import zmq.auth
 from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.z85 import Z85CHARS
 
 from stream.errors import ConfigError
 
 _log = logging.getLogger(__name__)
+
+_LENGTH = 40
+"""Of a key in Z85 (https://rfc.zeromq.org/spec/32)."""
 
 
 def make(directory: Path, name: str) -> tuple[Path, Path]:
@@ -44,11 +48,14 @@ def make(directory: Path, name: str) -> tuple[Path, Path]:
 
 def _load(path: Path) -> tuple[bytes, bytes | None]:
     try:
-        return zmq.auth.load_certificate(path)
+        public, secret = zmq.auth.load_certificate(path)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or 'no such file'}") from None
     except ValueError:
-        raise ConfigError(f"{path}: not a key as `xpcs-stream keys` makes them") from None
+        public = secret = b""
+    if not all(len(key) == _LENGTH and set(key) <= set(Z85CHARS) for key in (public, secret) if key is not None):
+        raise ConfigError(f"{path}: not a key as `xpcs-stream keys` makes them")
+    return public, secret
 
 
 def _load_secret(path: Path) -> tuple[bytes, bytes]:

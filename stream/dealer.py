@@ -69,6 +69,7 @@ class Dealer:
         self._hub = hub
         self._error = error
         self.connections = 0
+        self._refusal = ""
         self._n_broken = 0
         """Since the last of them."""
         self._context = zmq.Context()
@@ -79,7 +80,9 @@ class Dealer:
         socket.reconnect_ivl = 100  # ms
         socket.reconnect_ivl_max = 1000  # ms
         socket.heartbeat_ivl = 1000  # ms; notices a hub that vanished without a word
-        socket.heartbeat_timeout = 5000  # ms
+        socket.heartbeat_timeout = (
+            20_000  # ms; only whole parts count as a sign of life, and slow links take long for them
+        )
         socket.immediate = True  # what is said while there is no connection is said again anyway
         self._monitor = socket.get_monitor_socket(_HANDSHAKES)
         try:
@@ -123,6 +126,8 @@ class Dealer:
         XpcsStreamError
             `error`: the hub refuses us.
         """
+        if self._refusal:
+            raise self._error(f"{self._hub}: {self._refusal}")
         try:
             if not self._socket.poll(round(1000 * within)):
                 self._check()
@@ -136,7 +141,8 @@ class Dealer:
             _log.warning("%s: %s", self._hub, problem)
             return None, ()
         if isinstance(said, Refused):
-            raise self._error(f"{self._hub}: {said.reason}")
+            self._refusal = said.reason
+            raise self._error(f"{self._hub}: {self._refusal}")
         return said, parts[1:]
 
     def _check(self) -> None:

@@ -30,6 +30,9 @@ _log = logging.getLogger(__name__)
 PARTIALS = "partials"
 """The log of partial sums."""
 
+PARTIALS_BYTES = 2**26
+"""Room for them at least: of a few runs, the final ones."""
+
 TICK = 0.1
 """Seconds in which a silent worker is noticed."""
 
@@ -41,6 +44,9 @@ MOST_WRITERS = 4096
 
 MOST_QUEUED = 10_000
 """Messages for one who does not take them, or of one that we do not come to take: more than a usual window holds."""
+
+READ_AT_ONCE = 2**13
+"""Bytes that ZeroMQ reads into one buffer, ZMQ_IN_BATCH_SIZE."""
 
 AT_ONCE = 100
 """Messages that are taken before something is sent again."""
@@ -79,7 +85,7 @@ class Hub:
     n_regions
         Of the detector: a log of frames for each, which `append` writes.
     ring_bytes
-        Room for the frames of each region, and as much for partial sums.
+        Room for the frames of each region, and as much for partial sums, but not less than `PARTIALS_BYTES`.
     keys
         Who may come; None: everybody who can reach the address.
 
@@ -97,9 +103,10 @@ class Hub:
     def __init__(
         self, address: str, beamline: str, n_regions: int, *, ring_bytes: int, keys: GatewayKeys | None = None
     ) -> None:
+        self.ring_bytes = ring_bytes
         self._beamline = beamline
         self._rings = {frames_log(region): Ring(ring_bytes) for region in range(n_regions)}
-        self._rings[PARTIALS] = Ring(ring_bytes)
+        self._rings[PARTIALS] = Ring(max(ring_bytes, PARTIALS_BYTES))
         self._changed = threading.Condition()
         """Of the rings."""
         self._group = Group(n_regions)
@@ -115,7 +122,9 @@ class Hub:
         self._router.linger = 0  # who still waits for something comes again
         self._router.router_mandatory = True  # tells of readers that are gone
         self._router.heartbeat_ivl = 1000  # ms
-        self._router.heartbeat_timeout = 5000  # ms
+        self._router.heartbeat_timeout = (
+            20_000  # ms; only whole parts count as a sign of life, and slow links take long for them
+        )
         self._authenticator = keys.use(self._router) if keys is not None else None
         try:
             self._router.bind(address)
@@ -206,37 +215,35 @@ class Hub:
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._alarm, zmq.POLLIN)
         try:
-            looked_at, is_busy = 0.0, False
+            looked_at, has_sent = 0.0, False
             while not self._is_closing:
-                ready = dict(poller.poll(0 if is_busy else round(1000 * TICK)))
+                ready = dict(poller.poll(0 if has_sent else round(1000 * TICK)))
                 if self._alarm in ready:
                     self._alarm.recv()
-                has_taken_all = self._router not in ready or self._take_some()
-                now = time.monotonic()
-                if has_taken_all and now - looked_at > TICK:
+                if self._router in ready:
+                    self._take_some()
+                if (now := time.monotonic()) - looked_at > TICK:
                     self._look_for_the_silent(now)
                     looked_at = now
-                is_busy = self._send_round() or not has_taken_all
+                has_sent = self._send_round()
         except Exception as error:  # noqa: BLE001 - of a thread: told to who uses the hub
             _log.exception("the hub failed")
             with self._changed:
                 self._failure = f"the hub failed: {error}"
                 self._changed.notify_all()
 
-    def _take_some(self) -> bool:
-        """Take what came; tell whether that was all."""
+    def _take_some(self) -> None:
         for _ in range(AT_ONCE):
             try:
                 who, *parts = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
-                return True
+                return
             try:
                 self._take(who.bytes, [part.buffer for part in parts])
             except DecodeError as error:
                 self._n_bad += 1
                 if self._n_bad & (self._n_bad - 1) == 0:
                     _log.warning("%s: rejected: %s (%d so far)", self.address, error, self._n_bad)
-        return False
 
     def _take(self, who: bytes, parts: Sequence[Buffer]) -> None:
         said = unpack(parts)
@@ -258,8 +265,10 @@ class Hub:
     def _write(self, who: bytes, put: Put, parts: Sequence[Buffer]) -> None:
         wanted = self._writers.pop(put.writer, put.oldest)
         if put.number == wanted:
+            # A small part is a view of all that ZeroMQ read at once, which it would keep.
+            kept = [part if memoryview(part).nbytes > READ_AT_ONCE else bytes(part) for part in parts]
             with self._changed:
-                self._rings[put.log].append(parts, must_stay=put.must_stay)
+                self._rings[put.log].append(kept, must_stay=put.must_stay)
             wanted += 1
         self._writers[put.writer] = wanted  # behind all others: the one that has been silent longest goes
         while len(self._writers) > MOST_WRITERS:
@@ -303,8 +312,6 @@ class Hub:
         """Send every reader one record at most; tell whether there was anything to send."""
         has_sent = False
         for who, reader in list(self._readers.items()):
-            if reader.n_bytes >= reader.window:
-                continue
             with self._changed:
                 ring = self._rings[reader.log]
                 found = ring.at(reader.next)

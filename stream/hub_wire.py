@@ -24,7 +24,7 @@ EACH = 2**12
 MAX_REGIONS = 4096
 MAX_CONTROL_BYTES = 2**16
 
-_Text = Annotated[str, Field(min_length=1, max_length=256)]
+_Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f]{1,256}$")]
 _Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 _Regions = Annotated[list[Annotated[int, Field(ge=0, lt=MAX_REGIONS)]], Field(max_length=MAX_REGIONS)]
 

@@ -19,7 +19,7 @@ from stream.ledger import Ledger
 from stream.merger import Merger
 from stream.merging import Results, merge, saved
 from stream.messages import FrameBatch, Message, Position, Rejected, RunStart, RunStop
-from stream.pipeline import Pipeline, deliver
+from stream.pipeline import Pipeline
 from stream.protocols import Sink, Source
 from stream.regions import Regions
 from stream.serving import Serving
@@ -110,20 +110,25 @@ def send(source: Source, sinks: Sequence[Sink], regions: Regions, stop: threadin
             case RunStart():
                 ledger = Ledger()
                 _log.info("run %s begins", message.run)
-                deliver([], sinks)
+                _flush(sinks)
             case FrameBatch():
                 ledger.admit(message.first, len(message.frames))
             case RunStop():
                 ledger.close(max(message.n_frames, ledger.next_frame))
                 _log.info("run %s ends: %d frames, %d lost before us", message.run, ledger.sent, ledger.lost)
-                deliver([], sinks)
+                _flush(sinks)
             case Rejected():
                 ledger.undecodable += 1
                 _log.warning("rejected: %s", message.reason)
         if stop.is_set():
             break
-    deliver([], sinks)
+    _flush(sinks)
     return ledger
+
+
+def _flush(sinks: Sequence[Sink]) -> None:
+    for sink in sinks:
+        sink.flush()
 
 
 def work(

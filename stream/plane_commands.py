@@ -1,6 +1,7 @@
 """The commands of the streaming plane. What they name is made by `stream.plane`."""
 
 import os
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -146,6 +147,8 @@ def worker(
     from stream.assembly import compile_kernels
 
     there = _plane(source, kafka_properties, secret_key, gateway_key, binds=False)
+    if name is not None and re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name) is None:
+        raise typer.BadParameter(f'--name "{name}" is not of letters, digits, ".", "_" and "-"')
     make, roimap = _operators(qmap, delays_per_level, levels, threads)
     compile_kernels(make, roimap, lambda text: typer.echo(text, err=True))
     with stopped_by_signals() as stop:

@@ -179,7 +179,7 @@ class _Records:
         )
         if self._dealer.say(read):
             self._unread = 0
-        self._told_at = time.monotonic()
+            self._told_at = time.monotonic()
 
     def _ask_again(self) -> None:
         """Ask for what was on its way when a connection broke; what comes meanwhile will come once more."""

@@ -1,6 +1,7 @@
 """Our wire (`stream.wire`) to the hub of a gateway (`stream.hub`): frames within its process, results from workers."""
 
 import logging
+import math
 import threading
 import time
 import uuid
@@ -9,12 +10,14 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from stream.dealer import Dealer
 from stream.dealer import Hub as Address
 from stream.errors import SinkError
 from stream.hub import Hub, frames_log
 from stream.hub_wire import Had, Put
-from stream.messages import FrameBatch, Output, Result
+from stream.messages import FrameBatch, Output, Result, RunStart
 from stream.sinks.pieces import Pieces
 from stream.wire import Buffer, encode
 
@@ -77,9 +80,12 @@ class HubFrames:
         Raises
         ------
         SinkError
-            It does not fit our wire, there was no room until `stop`, or the hub failed.
+            It does not fit our wire, a frame does not fit into the ring, there was no room until `stop`, or the hub
+            failed.
         """
         log = frames_log(output.region)
+        if isinstance(output, RunStart):
+            self._check_fits(output)
         for piece in self._pieces.cut(output):
             try:
                 parts = encode(piece)
@@ -97,6 +103,14 @@ class HubFrames:
 
     def flush(self) -> None:
         """Return at once: the ring has everything."""
+
+    def _check_fits(self, start: RunStart) -> None:
+        n_bytes = 2 * math.prod(start.shape) * np.dtype(start.dtype).itemsize
+        if n_bytes > self._hub.ring_bytes:
+            raise SinkError(
+                f"{self._hub.address}: two frames of region {start.region} of run {start.run!r} are {n_bytes:,} bytes, "
+                f"more than the {self._hub.ring_bytes:,} that are kept of each region"
+            )
 
     def _wait_for_room(self, log: str, n_bytes: int) -> None:
         while not self._hub.wait_for_room(log, n_bytes, POLL):
