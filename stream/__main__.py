@@ -15,7 +15,16 @@ from rich.table import Table
 
 from stream import plane_commands
 from stream.errors import ConfigError, SinkError, XpcsStreamError
-from stream.options import FrameTime, Qmap, measured, only_given, option_of, stopped_by_signals
+from stream.options import (
+    Documents,
+    FrameTime,
+    KafkaProperties,
+    Qmap,
+    measured,
+    only_given,
+    option_of,
+    stopped_by_signals,
+)
 
 # Only what `--help` needs is imported up here: numba, h5py, matplotlib, pint and pydantic take their time.
 if TYPE_CHECKING:
@@ -114,6 +123,7 @@ def run(
         str | None, typer.Option(help="Result file, NXxpcs; {run} in it stands for the run.", metavar="FILE")
     ] = None,
     publish: Annotated[str | None, typer.Option(help="Publish results at zmq://HOST:PORT.", metavar="ADDRESS")] = None,
+    documents: Documents = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="Keep the state here, so that a restart goes on.", metavar="FILE")
     ] = None,
@@ -130,6 +140,7 @@ def run(
     threads: Annotated[int | None, typer.Option(help="Threads that correlate; one per core if not given.")] = None,
     runs: Annotated[int | None, typer.Option(min=1, help="Stop after so many runs.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No live display.")] = False,
+    kafka_properties: KafkaProperties = None,
 ) -> None:
     """Correlate frames as they come. Prints the name of every result file.
 
@@ -144,7 +155,8 @@ def run(
             "source": {"address": source, "channel": channel, "frame_time": frame_time},
             "qmap": qmap,
             "operators": {"multitau": {"delays_per_level": delays_per_level, "levels": levels, "error": error}},
-            "sinks": [sink for sink in (None if quiet else "console", out, publish) if sink],
+            "sinks": [sink for sink in (None if quiet else "console", out, publish, documents) if sink],
+            "kafka_properties": kafka_properties and str(kafka_properties),
             "checkpoint": {"path": checkpoint},
             "publish_every": publish_every,
             "threads": threads,
@@ -178,7 +190,7 @@ def compile_ahead() -> None:
 
 def _correlate(configuration: "Configuration", runs: int | None, console: Console) -> None:
     from stream import checkpoint as checkpoints
-    from stream.assembly import compile_kernels, operators_of, sink_of, source_of, there, try_to_write
+    from stream.assembly import compile_kernels, operators_of, sinks_of, source_of, there, try_to_write
     from stream.config import address
     from stream.operators.roimap_file import read
     from stream.pipeline import Pipeline
@@ -193,9 +205,10 @@ def _correlate(configuration: "Configuration", runs: int | None, console: Consol
         try_to_write(Path(checkpoint.path))
     with ExitStack() as stack:
         stop = stack.enter_context(stopped_by_signals())
-        # The console first: its display has ended when the name of a result file is printed.
-        texts = sorted(configuration.sinks, key=lambda text: text != "console")
-        sinks = [stack.enter_context(sink_of(text, configuration, roimap, console, typer.echo)) for text in texts]
+        memory = Path(f"{checkpoint.path}.documents") if checkpoint else None
+        sinks = sinks_of(configuration, roimap, console, typer.echo, stop=stop, memory=memory)
+        for sink in sinks:
+            stack.enter_context(sink)
         # A detector that waits for a receiver must find one that is ready.
         compile_kernels(make, roimap, lambda text: typer.echo(text, err=True))
         source = stack.enter_context(source_of(configuration.source, give="photons"))

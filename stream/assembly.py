@@ -5,6 +5,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -18,16 +19,20 @@ from stream.ingest.recording import RecordingSource
 from stream.ingest.rigaku import RigakuSource
 from stream.ingest.simulated import SimulatedSource
 from stream.ingest.zmq import ZmqSource
+from stream.kafka import create_topic, read_properties
 from stream.messages import DTYPES, Events, FrameBatch, Give, RunStart
 from stream.operators.intensity import Intensity
 from stream.operators.kernels import CACHE
-from stream.operators.multitau import MultiTau
+from stream.operators.multitau import MultiTau, delays
 from stream.operators.roimap import RoiMap
 from stream.operators.scattering import Scattering
 from stream.protocols import Operator, Sink, Source
 from stream.sinks.console import ConsoleSink
 from stream.sinks.hdf5 import Hdf5Sink
 from stream.sinks.zmq import ZmqSink
+
+if TYPE_CHECKING:
+    from stream.sinks.bluesky import BlueskySink
 
 Make = Callable[[RunStart], list[Operator]]
 """Makes the operators of a run."""
@@ -128,7 +133,7 @@ def source_of(section: SourceSection, *, give: Give = "frames") -> Source:
             return RigakuSource(there(Path(where.target)), **options)
         case "recording":
             return RecordingSource(there(Path(where.target)), **options, give=give)
-        case "kafka" | "hub":
+        case "kafka" | "hub" | "proxy":
             raise ConfigError(f"{section.address}: what a gateway sends is for the workers of a beamline")
 
 
@@ -153,21 +158,80 @@ def frames_of(text: str, batch: int | None, frame_time: float | None, otherwise:
         return source_of(section.model_copy(update={"frame_time": otherwise}))
 
 
-def sink_of(
-    text: str,
+def sinks_of(
     configuration: Configuration,
     roimap: RoiMap,
     console: Console,
     on_written: Callable[[Path], None],
-) -> Sink:
-    """Make one of the sinks of a configuration; `on_written` is told the name of each result file."""
-    if text == "console":
-        is_live = address(configuration.source.address).transport in ("dectris", "zmq", "hub", "kafka")
-        return ConsoleSink(console, q=roimap.dynamic_q.tolist(), is_live=is_live)
-    where = address(text)
-    if where.transport == "zmq":
-        return ZmqSink(where.target, pattern="pub")
-    return Hdf5Sink(Path(where.target), qmap=roimap.arrays(), configuration=configuration.text(), on_written=on_written)
+    *,
+    stop: threading.Event,
+    memory: Path | None = None,
+) -> list[Sink]:
+    """Make the sinks of a configuration, in the order in which they are to be opened and written to.
+
+    Parameters
+    ----------
+    on_written
+        Is told the name of each result file.
+    stop
+        Once it is set, none of them waits for long.
+    memory
+        Where is kept what was published of Bluesky runs, for a restart.
+    """
+    of_results: list[Sink] = []
+    others: list[Sink] = []
+    documents = _documents_of(configuration, roimap, stop, memory)
+
+    def written(path: Path) -> None:
+        on_written(path)
+        if documents is not None:
+            documents.written(path)
+
+    for text in configuration.sinks:
+        where = address(text) if text != "console" else None
+        if where is None:
+            is_live = address(configuration.source.address).transport in ("dectris", "zmq", "hub", "kafka")
+            of_results.insert(0, ConsoleSink(console, q=roimap.dynamic_q.tolist(), is_live=is_live))
+        elif where.transport == "zmq":
+            others.append(ZmqSink(where.target, pattern="pub"))
+        elif where.transport == "hdf5":
+            file, said = Path(where.target), configuration.text()
+            of_results.append(Hdf5Sink(file, qmap=roimap.arrays(), configuration=said, on_written=written))
+    # The display has ended when the name of a result file is printed; documents tell of files that are there.
+    return [*of_results, *others, *([documents] if documents is not None else [])]
+
+
+def _documents_of(
+    configuration: Configuration, roimap: RoiMap, stop: threading.Event, memory: Path | None
+) -> "BlueskySink | None":
+    places = [address(text) for text in configuration.sinks if text != "console"]
+    places = [where for where in places if where.transport in ("kafka", "proxy")]
+    if not places:
+        return None
+    # event_model and scipy take their time.
+    from stream.sinks.bluesky import BlueskySink, Publisher
+    from stream.sinks.bluesky_kafka import KafkaDocuments
+    from stream.sinks.bluesky_zmq import ZmqDocuments
+
+    properties = read_properties(Path(configuration.kafka_properties) if configuration.kafka_properties else None)
+    publishers: list[Publisher] = []
+    for where in places:
+        if where.transport == "kafka":
+            bootstrap, beamline = where.target.rsplit("/", 1)
+            topic = f"{beamline}.xpcs.live.documents"
+            create_topic(bootstrap, topic, 1, properties=properties)
+            publishers.append(KafkaDocuments(bootstrap, topic, properties=properties, stop=stop))
+        else:
+            publishers.append(ZmqDocuments(where.target, stop=stop))
+    multitau = configuration.operators.multitau
+    return BlueskySink(
+        publishers,
+        qmap=roimap.arrays(),
+        delays=lambda n_frames: delays(n_frames, multitau.delays_per_level, multitau.levels)[1],
+        every=configuration.publish_every,
+        analysis=multitau.model_dump(),
+        memory=memory,
+    )
 
 
 def simulated(

@@ -26,9 +26,14 @@ from pydantic_core import ErrorDetails
 from stream.errors import ConfigError
 from stream.units import quantity
 
-Transport = Literal["dectris", "zmq", "hub", "kafka", "hdf5", "recording", "rigaku"]
+Transport = Literal["dectris", "zmq", "hub", "proxy", "kafka", "hdf5", "recording", "rigaku"]
 
-_SCHEMES: dict[str, Transport] = {"zmq+dectris://": "dectris", "zmq://": "zmq", "kafka://": "kafka"}
+_SCHEMES: dict[str, Transport] = {
+    "zmq+dectris://": "dectris",
+    "zmq+bluesky://": "proxy",
+    "zmq://": "zmq",
+    "kafka://": "kafka",
+}
 _SUFFIXES: dict[str, Transport] = {
     ".h5": "hdf5",
     ".hdf5": "hdf5",
@@ -57,7 +62,7 @@ class Address:
 
 
 def address(text: str) -> Address:
-    """Read ``zmq+dectris://host:port``, ``zmq://host:port``, ``kafka://host:port/beamline``, a path or ``file:`` of it.
+    """Read an address: one of the schemes, a path, or ``file:`` of it.
 
     Raises
     ------
@@ -70,14 +75,16 @@ def address(text: str) -> Address:
             raise ConfigError(f'"{text}": unknown scheme {scheme[0]}; an address is {_ADDRESSES}')
         if scheme[0] == "kafka://":
             return Address("kafka", _kafka(text))
-        if hub := re.fullmatch(rf"zmq://([^/?#@,\s]+:\d+)/({_BEAMLINE})", text):
-            return Address("hub", f"tcp://{hub[1]}/{hub[2]}")
         parts = urlsplit(text)
         port = parts.netloc.rpartition(":")[2]
         if port.isdecimal() and not 1 <= int(port) <= MAX_PORT:
             raise ConfigError(f'"{text}": port {port} is not 1 to {MAX_PORT}')
-        if not parts.hostname or not port.isdecimal() or parts.path or parts.query or "@" in parts.netloc:
+        is_hub = scheme[0] == "zmq://" and re.fullmatch(f"/{_BEAMLINE}", parts.path) is not None
+        has_more = parts.query or "@" in parts.netloc or (parts.path and not is_hub)
+        if not parts.hostname or not port.isdecimal() or has_more:
             raise ConfigError(f'"{text}" must name a host and a port, e.g. "{scheme[0]}127.0.0.1:31001"')
+        if is_hub:
+            return Address("hub", f"tcp://{parts.netloc}{parts.path}")
         return Address(_SCHEMES[scheme[0]], f"tcp://{parts.netloc}")
     path = text.removeprefix("file:").removeprefix("//")
     for suffix, transport in _SUFFIXES.items():
@@ -199,7 +206,7 @@ class CheckpointSection(_Section):
 def _sink(text: str) -> str:
     if text == "console":
         return text
-    text = _address_of("zmq", "hdf5")(text)
+    text = _address_of("zmq", "kafka", "proxy", "hdf5")(text)
     if unknown := set(re.findall(r"\{[^{}]*\}", text)) - {"{run}"}:
         raise ValueError(f'"{text}": {", ".join(sorted(unknown))} stands for nothing; only {{run}} does')
     return text
@@ -221,7 +228,10 @@ class Configuration(_Section):
     sinks: Annotated[tuple[Annotated[str, AfterValidator(_sink)], ...], Field(strict=False), AfterValidator(_some)] = (
         "console",
     )
-    """A result file (``{run}`` in its name stands for the run), ``zmq://HOST:PORT`` to publish, ``console``."""
+    """A result file (``{run}`` in its name stands for the run), ``zmq://HOST:PORT`` to publish, ``console``; as
+    documents of a Bluesky run ``kafka://HOST:PORT/BEAMLINE``, or ``zmq+bluesky://HOST:PORT`` of a Proxy."""
+    kafka_properties: File | None = None
+    """Settings of librdkafka, see `stream.kafka.read_properties`."""
     checkpoint: CheckpointSection | None = None
     publish_every: Seconds = 1.0
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -110,6 +111,12 @@ class Cluster:
         answer = self._answer(admin, asked[topic], topic, expected=[KafkaError.UNKNOWN_TOPIC_OR_PART])
         return not isinstance(answer, KafkaError)
 
+    def wait_for(self, topic: str, within: float) -> None:
+        """Return once there is such a topic; at the latest after `within` seconds."""
+        admin, deadline = self.client(AdminClient), time.monotonic() + within
+        while not self.knows(topic, within) and time.monotonic() < deadline:
+            admin.poll(0.05)
+
     def max_record_bytes(self, topic: str, within: float) -> int:
         """Return ``max.message.bytes`` of a topic, or Kafka's default where we may not ask."""
         admin = self.client(AdminClient)
@@ -214,10 +221,36 @@ def create_topic(
         There is one with another number of partitions, or the cluster refuses or does not answer.
     """
     cluster = Cluster(bootstrap, properties, ConfigError)
-    if not cluster.create(NewTopic(topic, partitions, config=dict(config or {})), timeout):
+    is_new = cluster.create(NewTopic(topic, partitions, config=dict(config or {})), timeout)
+    cluster.wait_for(topic, timeout)  # the controller knows of it before brokers do
+    if not is_new:
         there = cluster.n_partitions(topic, timeout)
         if there != partitions:
             raise ConfigError(f"{address(cluster, topic)} is there and has {there} partitions, not {partitions}")
+
+
+def read_properties(path: Path | None) -> dict[str, str]:
+    """Read settings of librdkafka, a ``name=value`` a line, as Kafka's own tools do; none if there is no file.
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be read; names the line that is not one.
+    """
+    if path is None:
+        return {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error.strerror if isinstance(error, OSError) else 'not UTF-8'}") from None
+    properties: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        name, equals, value = (part.strip() for part in line.partition("="))
+        if name and not name.startswith("#"):
+            if not equals:
+                raise ConfigError(f"{path}:{number}: not a name=value")
+            properties[name] = value
+    return properties
 
 
 def _secret(name: str, where: str) -> str:

@@ -7,9 +7,8 @@
 import logging
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 
-from stream.errors import ConfigError, SourceError
+from stream.errors import SourceError
 from stream.ingest.kafka import KafkaResults, KafkaSource
 from stream.kafka import ANSWER, Cluster, create_topic
 from stream.kafka_group import KafkaGroup
@@ -25,30 +24,6 @@ LOOK = 0.5
 
 PARTIALS_BYTES = 2**24
 """Of a record of partial sums: those of a mean image are as large as a region."""
-
-
-def read_properties(path: Path | None) -> Properties:
-    """Read settings of librdkafka, a ``name=value`` a line, as Kafka's own tools do; none if there is no file.
-
-    Raises
-    ------
-    ConfigError
-        The file cannot be read; names the line that is not one.
-    """
-    if path is None:
-        return {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error.strerror if isinstance(error, OSError) else 'not UTF-8'}") from None
-    properties: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        name, equals, value = (part.strip() for part in line.partition("="))
-        if name and not name.startswith("#"):
-            if not equals:
-                raise ConfigError(f"{path}:{number}: not a name=value")
-            properties[name] = value
-    return properties
 
 
 def frames_topic(beamline: str) -> str:

@@ -45,6 +45,22 @@ FrameTime = Annotated[
     ),
 ]
 
+KafkaProperties = Annotated[
+    Path | None,
+    typer.Option(
+        "--kafka-properties",
+        metavar="FILE",
+        help="Settings of librdkafka, name=value a line. Secrets stand elsewhere: sasl.password=file:PATH or env:NAME.",
+    ),
+]
+Documents = Annotated[
+    str | None,
+    typer.Option(
+        help="Publish results as a Bluesky run: kafka://HOST:PORT/BEAMLINE, or zmq+bluesky://HOST:PORT of a Proxy.",
+        metavar="ADDRESS",
+    ),
+]
+
 
 def only_given(document: dict[str, Any]) -> dict[str, Any]:
     """Leave out what is None or empty, at every depth."""
@@ -60,7 +76,8 @@ def option_of(place: "Place", document: Mapping[str, Any]) -> str:
         case ("checkpoint", *_):
             return "--checkpoint"
         case ("sinks", int(index), *_):
-            return "--publish" if document["sinks"][index].startswith("zmq") else "--out"
+            scheme, has_scheme, _ = document["sinks"][index].partition("://")
+            return ("--publish" if scheme == "zmq" else "--documents") if has_scheme else "--out"
         case _:
             return f"--{place[-1]}".replace("_", "-")
 

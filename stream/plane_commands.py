@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stream.options import FrameTime, Qmap, measured, only_given, option_of, stopped_by_signals
+from stream.options import (
+    Documents,
+    FrameTime,
+    KafkaProperties,
+    Qmap,
+    measured,
+    only_given,
+    option_of,
+    stopped_by_signals,
+)
 
 # As in `stream.__main__`: only what `--help` needs is imported up here.
 if TYPE_CHECKING:
@@ -19,14 +28,6 @@ if TYPE_CHECKING:
 _PLANE = "kafka://HOST:PORT/BEAMLINE or zmq://HOST:PORT/BEAMLINE"
 
 Source = Annotated[str, typer.Option(help=f"{_PLANE}: that of the gateway.", metavar="ADDRESS")]
-KafkaProperties = Annotated[
-    Path | None,
-    typer.Option(
-        "--kafka-properties",
-        metavar="FILE",
-        help="Settings of librdkafka, name=value a line. Secrets stand elsewhere: sasl.password=file:PATH or env:NAME.",
-    ),
-]
 SecretKey = Annotated[
     Path | None,
     typer.Option("--secret-key", metavar="FILE", help="zmq: encrypt with this key, see `xpcs-stream keys`."),
@@ -40,7 +41,8 @@ def _plane(text: str, properties: Path | None, secret_key: Path | None, peers: P
     """Return the plane at an address; `peers` are the keys that may come, or the one that we go to."""
     from stream.config import address
     from stream.curve import ClientKeys, GatewayKeys
-    from stream.kafka_plane import KafkaPlane, read_properties
+    from stream.kafka import read_properties
+    from stream.kafka_plane import KafkaPlane
     from stream.zmq_plane import ZmqPlane
 
     where = address(text)
@@ -173,6 +175,7 @@ def merge(
         str | None, typer.Option(help="Result file, NXxpcs; {run} in it stands for the run.", metavar="FILE")
     ] = None,
     publish: Annotated[str | None, typer.Option(help="Publish results at zmq://HOST:PORT.", metavar="ADDRESS")] = None,
+    documents: Documents = None,
     position: Annotated[
         Path | None, typer.Option(help="Keep here which runs are done, so that a restart does not repeat them.")
     ] = None,
@@ -196,27 +199,27 @@ def merge(
     xpcs-stream merge --source zmq://127.0.0.1:5555/8idi --qmap qmap.h5 --out result-{run}.h5
     """
     from stream import plane
-    from stream.assembly import sink_of
+    from stream.assembly import sinks_of
     from stream.config import check
 
     there = _plane(source, kafka_properties, secret_key, gateway_key, binds=False)
     make, roimap = _operators(qmap, delays_per_level, levels, None)
     multitau = {"delays_per_level": delays_per_level, "levels": levels}
-    sinks = [sink for sink in (None if quiet else "console", out, publish) if sink]
+    sinks = [sink for sink in (None if quiet else "console", out, publish, documents) if sink]
     configuration = check(
         {
             "source": {"address": source},
             "qmap": str(qmap),
             "operators": {"multitau": multitau},
             "sinks": sinks or ["console"],
+            "kafka_properties": kafka_properties and str(kafka_properties),
+            "publish_every": f"{publish_every!r} s",
         }
     )
     with stopped_by_signals() as stop, ExitStack() as stack:
-        open_sinks = [
-            stack.enter_context(sink_of(text, configuration, roimap, ctx.obj, typer.echo))
-            for text in configuration.sinks
-            if sinks
-        ]
+        memory = Path(f"{position}.documents") if position else None
+        made = sinks_of(configuration, roimap, ctx.obj, typer.echo, stop=stop, memory=memory) if sinks else []
+        open_sinks = [stack.enter_context(sink) for sink in made]
         there.wait(stop)
         typer.echo(f"taking partial sums from {source}", err=True)
         plane.merge_partials(

@@ -9,7 +9,8 @@ import numpy as np
 from stream.ingest.simulated import SimulatedSource
 from stream.messages import Result, RunStart, RunStop
 from stream.operators.intensity import Intensity
-from stream.operators.multitau import MultiTau, _delays
+from stream.operators.multitau import MultiTau
+from stream.operators.multitau import delays as delays_of
 from stream.operators.roimap import RoiMap
 from stream.operators.scattering import Scattering
 from stream.sinks.bluesky import BlueskySink
@@ -23,41 +24,59 @@ LAG = 0.25
 
 
 def delays(n_frames):
-    return _delays(n_frames, 4, 16)[1]
+    return delays_of(n_frames, 4, 16)[1]
+
+
+@cache
+def roimap():
+    qmap = make_qmap()
+    return RoiMap(static_roi_map=qmap["static_roi_map"], dynamic_roi_map=qmap["dynamic_roi_map"], qmap=qmap)
+
+
+def source():
+    """A sample whose rates are `RATES` in the dynamic bins."""
+    return SimulatedSource(
+        rate=np.concatenate([[0.0], RATES])[roimap().dynamic_roi_map],
+        contrast=CONTRAST,
+        mean_counts=2.0,
+        n_frames=N_FRAMES,
+        frame_time=1e-3,
+        run=RUN,
+        batch=100,
+        seed=5,
+        start_time_ns=1795289949 * 10**9,
+    )
+
+
+def operators(start):
+    return [make(start, roimap(), threads=1) for make in (MultiTau, Scattering, Intensity)]
 
 
 @cache
 def outputs():
-    """The start, results four times and at the end, and the stop of a run of a simulated sample."""
-    roimap = RoiMap(
-        static_roi_map=make_qmap()["static_roi_map"], dynamic_roi_map=make_qmap()["dynamic_roi_map"], qmap=make_qmap()
-    )
-    rate = np.concatenate([[0.0], RATES])[roimap.dynamic_roi_map]
-    source = SimulatedSource(
-        rate=rate, contrast=CONTRAST, mean_counts=2.0, n_frames=N_FRAMES, frame_time=1e-3, run=RUN, batch=100, seed=5
-    )
+    """The map; and the start, results four times and at the end, and the stop of a run."""
     given = []
-    for message in source:
+    for message in source():
         match message:
             case RunStart():
-                operators = [make(message, roimap, threads=1) for make in (MultiTau, Scattering, Intensity)]
+                working = operators(message)
                 given.append(message)
             case RunStop():
-                given += [*results(operators, N_FRAMES, final=True), message]
+                given += [*results(working, N_FRAMES, final=True), message]
             case None:
                 pass
             case batch:
-                for operator in operators:
+                for operator in working:
                     operator.push(batch)
-                n_frames = operators[0].n_frames
+                n_frames = working[0].n_frames
                 if n_frames % (N_FRAMES // (N_UPDATES + 1)) == 0 and n_frames < N_FRAMES:
-                    given += results(operators, n_frames, final=False)
-    return roimap.arrays(), given
+                    given += results(working, n_frames, final=False)
+    return roimap().arrays(), given
 
 
-def results(operators, n_frames, *, final):
+def results(working, n_frames, *, final):
     ledger = {"sent": -1, "received": n_frames, "lost": 3, "lag": LAG}
-    arrays = [(operator.name, operator.result()) for operator in operators]
+    arrays = [(operator.name, operator.result()) for operator in working]
     arrays.append(("ledger", {name: np.array(value) for name, value in ledger.items()}))
     return [Result(run=RUN, operator=name, n_frames=n_frames, final=final, arrays=values) for name, values in arrays]
 

@@ -176,6 +176,8 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         ("x.cbors.xz", "recording", "x.cbors.xz"),
         ("x.bin", "rigaku", "x.bin"),
         ("file:/data/x.bin.000", "rigaku", "/data/x.bin.000"),
+        ("zmq://127.0.0.1:5555/8idi", "hub", "tcp://127.0.0.1:5555/8idi"),
+        ("zmq+bluesky://127.0.0.1:5577", "proxy", "tcp://127.0.0.1:5577"),
     ],
 )
 def test_an_address_is_a_transport_and_a_target(text, transport, target):
@@ -193,7 +195,8 @@ def test_an_address_is_a_transport_and_a_target(text, transport, target):
         "zmq://h:99999",
         "zmq://h:x",
         "zmq://:5",
-        "zmq://h:5/path",
+        "zmq://h:5/path/more",
+        "zmq://h:99999/8idi",
         "zmq://u@h:5",
     ],
 )

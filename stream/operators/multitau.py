@@ -312,7 +312,7 @@ class MultiTau:
             Means over pixels and pairs, counts**2 and counts, per frame.
         """
         self._fold()
-        level, delay = _delays(self.n_frames, self._d, self._levels)
+        level, delay = delays(self.n_frames, self._d, self._levels)
         n_delay = len(delay)
         roimap = self._roimap
         sums = [each[:, :n_delay] for each in self._totals()]
@@ -460,7 +460,7 @@ class MultiTau:
         return identity(self._start, self._roimap, self._d, self._levels, self._error == "pixel", LAYOUT)
 
 
-def _delays(n_frames: int, d: int, levels: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def delays(n_frames: int, d: int, levels: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return level and delay (frames) of every delay that a pair of n_frames can have, in order."""
     level = np.repeat(np.arange(levels), d)
     k = np.tile(np.arange(d + 1, 2 * d + 1), levels)
