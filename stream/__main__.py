@@ -20,9 +20,12 @@ from stream.options import (
     FrameTime,
     KafkaProperties,
     Qmap,
+    Roots,
+    RunEngine,
     measured,
     only_given,
     option_of,
+    roots_of,
     stopped_by_signals,
 )
 
@@ -124,6 +127,8 @@ def run(
     ] = None,
     publish: Annotated[str | None, typer.Option(help="Publish results at zmq://HOST:PORT.", metavar="ADDRESS")] = None,
     documents: Documents = None,
+    run_engine: RunEngine = None,
+    root: Roots = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="Keep the state here, so that a restart goes on.", metavar="FILE")
     ] = None,
@@ -152,7 +157,13 @@ def run(
 
     given = only_given(
         {
-            "source": {"address": source, "channel": channel, "frame_time": frame_time},
+            "source": {
+                "address": source,
+                "channel": channel,
+                "frame_time": frame_time,
+                "documents": run_engine,
+                "roots": roots_of(root),
+            },
             "qmap": qmap,
             "operators": {"multitau": {"delays_per_level": delays_per_level, "levels": levels, "error": error}},
             "sinks": [sink for sink in (None if quiet else "console", out, publish, documents) if sink],
@@ -205,13 +216,14 @@ def _correlate(configuration: "Configuration", runs: int | None, console: Consol
         try_to_write(Path(checkpoint.path))
     with ExitStack() as stack:
         stop = stack.enter_context(stopped_by_signals())
+        properties = Path(configuration.kafka_properties) if configuration.kafka_properties else None
         memory = Path(f"{checkpoint.path}.documents") if checkpoint else None
         sinks = sinks_of(configuration, roimap, console, typer.echo, stop=stop, memory=memory)
         for sink in sinks:
             stack.enter_context(sink)
         # A detector that waits for a receiver must find one that is ready.
         compile_kernels(make, roimap, lambda text: typer.echo(text, err=True))
-        source = stack.enter_context(source_of(configuration.source, give="photons"))
+        source = stack.enter_context(source_of(configuration.source, give="photons", kafka_properties=properties))
         typer.echo(f"taking frames from {configuration.source.address}", err=True)
         Pipeline(
             source,

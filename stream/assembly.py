@@ -3,7 +3,7 @@
 import math
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,11 @@ from rich.console import Console
 from stream import kernel_cache
 from stream.config import Configuration, SourceSection, address, check
 from stream.errors import ConfigError
+from stream.ingest import bluesky_kafka, bluesky_zmq
+from stream.ingest.bluesky import BlueskySource
+from stream.ingest.bluesky_files import BlueskyFiles
+from stream.ingest.bluesky_messages import Documents
+from stream.ingest.bluesky_roots import Roots
 from stream.ingest.dectris import DectrisSource
 from stream.ingest.hdf5 import Hdf5Source
 from stream.ingest.recording import RecordingSource
@@ -115,8 +120,33 @@ def _every_kind(start: RunStart) -> Iterator[FrameBatch]:
     yield FrameBatch(run="", first=1 << 20, frames=events, timestamp_ns=0)
 
 
-def source_of(section: SourceSection, *, give: Give = "frames") -> Source:
-    """Open where frames come from; `give` "photons" is for operators only, "chunks" for `stream.regions` only."""
+def source_of(section: SourceSection, *, give: Give = "frames", kafka_properties: Path | None = None) -> Source:
+    """Open where frames come from.
+
+    Parameters
+    ----------
+    give
+        "photons" is for operators only, "chunks" for `stream.regions` only.
+    kafka_properties
+        See `stream.kafka.read_properties`: for documents that come from there.
+    """
+    properties = read_properties(kafka_properties)
+    if section.documents is None:
+        return _frames_of(section, give, properties)
+    documents = documents_of(section.documents, properties, wait=0.0)
+    return BlueskySource(documents, _frames_of(section, give, properties))
+
+
+def documents_of(text: str, properties: Mapping[str, str], *, wait: float = bluesky_kafka.POLL) -> Documents:
+    """Open where Bluesky's documents come from."""
+    where = address(text)
+    if where.transport == "proxy":
+        return bluesky_zmq.ZmqDocuments(where.target, wait=wait)
+    bootstrap, _, topic = where.target.rpartition("/")
+    return bluesky_kafka.KafkaDocuments(bootstrap, topic, properties=properties, wait=wait)
+
+
+def _frames_of(section: SourceSection, give: Give, properties: Mapping[str, str]) -> Source:
     where, options = address(section.address), section.options()
     match where.transport:
         case "dectris":
@@ -133,7 +163,11 @@ def source_of(section: SourceSection, *, give: Give = "frames") -> Source:
             return RigakuSource(there(Path(where.target)), **options)
         case "recording":
             return RecordingSource(there(Path(where.target)), **options, give=give)
-        case "kafka" | "hub" | "proxy":
+        case "proxy" | "documents":
+            directories = options.pop("roots", {})
+            roots = Roots({called: Path(directory) for called, directory in directories.items()})
+            return BlueskyFiles(documents_of(section.address, properties), roots, **options, give=give)
+        case "kafka" | "hub":
             raise ConfigError(f"{section.address}: what a gateway sends is for the workers of a beamline")
 
 
@@ -190,7 +224,7 @@ def sinks_of(
     for text in configuration.sinks:
         where = address(text) if text != "console" else None
         if where is None:
-            is_live = address(configuration.source.address).transport in ("dectris", "zmq", "hub", "kafka")
+            is_live = address(configuration.source.address).transport not in ("hdf5", "recording", "rigaku")
             of_results.insert(0, ConsoleSink(console, q=roimap.dynamic_q.tolist(), is_live=is_live))
         elif where.transport == "zmq":
             others.append(ZmqSink(where.target, pattern="pub"))

@@ -26,11 +26,12 @@ from pydantic_core import ErrorDetails
 from stream.errors import ConfigError
 from stream.units import quantity
 
-Transport = Literal["dectris", "zmq", "hub", "proxy", "kafka", "hdf5", "recording", "rigaku"]
+Transport = Literal["dectris", "zmq", "hub", "proxy", "kafka", "documents", "hdf5", "recording", "rigaku"]
 
 _SCHEMES: dict[str, Transport] = {
     "zmq+dectris://": "dectris",
     "zmq+bluesky://": "proxy",
+    "kafka+bluesky://": "documents",
     "zmq://": "zmq",
     "kafka://": "kafka",
 }
@@ -48,6 +49,7 @@ MAX_PORT = 65535
 _BEAMLINE = r"[A-Za-z0-9._-]{1,200}"
 _ADDRESSES = (
     "zmq+dectris://HOST:PORT, zmq://HOST:PORT, zmq://HOST:PORT/BEAMLINE, kafka://HOST:PORT/BEAMLINE, "
+    "kafka+bluesky://HOST:PORT/TOPIC, zmq+bluesky://HOST:PORT, "
     f"or a file ({' '.join(_SUFFIXES)})"
 )
 
@@ -73,8 +75,8 @@ def address(text: str) -> Address:
     if scheme and scheme[0] != "file://":
         if scheme[0] not in _SCHEMES:
             raise ConfigError(f'"{text}": unknown scheme {scheme[0]}; an address is {_ADDRESSES}')
-        if scheme[0] == "kafka://":
-            return Address("kafka", _kafka(text))
+        if scheme[0] in ("kafka://", "kafka+bluesky://"):
+            return Address(_SCHEMES[scheme[0]], _kafka(text))
         parts = urlsplit(text)
         port = parts.netloc.rpartition(":")[2]
         if port.isdecimal() and not 1 <= int(port) <= MAX_PORT:
@@ -94,7 +96,7 @@ def address(text: str) -> Address:
 
 
 def _kafka(text: str) -> str:
-    found = re.fullmatch(rf"kafka://([^/?#@,\s]+:\d+(?:,[^/?#@,\s]+:\d+)*)/({_BEAMLINE})", text)
+    found = re.fullmatch(rf"kafka(?:\+bluesky)?://([^/?#@,\s]+:\d+(?:,[^/?#@,\s]+:\d+)*)/({_BEAMLINE})", text)
     if found is None:
         raise ConfigError(f'"{text}" must name a broker and a beamline, e.g. "kafka://127.0.0.1:9092/8idi"')
     return f"{found[1]}/{found[2]}"
@@ -136,6 +138,8 @@ _SOURCE_OPTIONS: dict[Transport, frozenset[str]] = {
     "dectris": frozenset({"channel", "batch"}),
     "zmq": frozenset({"bind"}),
     "kafka": frozenset(),
+    "proxy": frozenset({"batch", "frame_time", "roots"}),
+    "documents": frozenset({"batch", "frame_time", "roots"}),
     "hub": frozenset(),
     "hdf5": frozenset({"batch", "metadata", "dataset", "frame_time"}),
     "recording": frozenset({"batch", "channel"}),
@@ -147,7 +151,10 @@ class SourceSection(_Section):
     """Where frames come from."""
 
     address: Annotated[
-        str, AfterValidator(_address_of("dectris", "zmq", "hub", "kafka", "hdf5", "recording", "rigaku"))
+        str,
+        AfterValidator(
+            _address_of("dectris", "zmq", "hub", "kafka", "proxy", "documents", "hdf5", "recording", "rigaku")
+        ),
     ]
     """See `stream.config.address`."""
     batch: Annotated[int, Field(ge=1, le=65536)] | None = None
@@ -162,8 +169,12 @@ class SourceSection(_Section):
     """Name of the frames in an HDF5 file."""
     frame_time: Seconds | None = None
     """Start to start of frames (s), for a file that does not tell."""
+    roots: dict[str, File] | None = None
+    """Directories of which Bluesky's documents may have files read, by what these call them."""
+    documents: Annotated[str, AfterValidator(_address_of("proxy", "documents"))] | None = None
+    """Where Bluesky's documents of a detector that streams come from."""
 
-    @field_validator("batch", "channel", "bind", "metadata", "dataset", "frame_time")
+    @field_validator("batch", "channel", "bind", "metadata", "dataset", "frame_time", "roots")
     @classmethod
     def _belongs_to_the_address(cls, value: object, info: ValidationInfo) -> object:
         text = info.data.get("address")
@@ -173,7 +184,7 @@ class SourceSection(_Section):
 
     def options(self) -> dict[str, Any]:
         """Return the options that were given, as the class of the source names them."""
-        given = {name: getattr(self, name) for name in self.model_fields_set - {"address"}}
+        given = {name: getattr(self, name) for name in self.model_fields_set - {"address", "documents"}}
         return {name: value for name, value in given.items() if value is not None}
 
 

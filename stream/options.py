@@ -53,6 +53,24 @@ KafkaProperties = Annotated[
         help="Settings of librdkafka, name=value a line. Secrets stand elsewhere: sasl.password=file:PATH or env:NAME.",
     ),
 ]
+RunEngine = Annotated[
+    str | None,
+    typer.Option(
+        "--run-engine",
+        help="Documents of Bluesky that go with the detector's frames: kafka+bluesky://HOST:PORT/TOPIC, or "
+        "zmq+bluesky://HOST:PORT of a Proxy.",
+        metavar="ADDRESS",
+    ),
+]
+Roots = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--root",
+        help="For frames in files that documents of Bluesky point to: NAME=DIR lets files of DIR be read, which they "
+        "call NAME.",
+        metavar="NAME=DIR",
+    ),
+]
 Documents = Annotated[
     str | None,
     typer.Option(
@@ -60,6 +78,14 @@ Documents = Annotated[
         metavar="ADDRESS",
     ),
 ]
+
+
+def roots_of(texts: list[str] | None) -> dict[str, str]:
+    """Return directories by what documents call them."""
+    pairs = [text.partition("=") for text in texts or ()]
+    if wrong := [name for name, equals, directory in pairs if not (name and equals and directory)]:
+        raise typer.BadParameter(f'--root "{wrong[0]}" is not NAME=DIR')
+    return {name: directory for name, _, directory in pairs}
 
 
 def only_given(document: dict[str, Any]) -> dict[str, Any]:
@@ -73,6 +99,10 @@ def option_of(place: "Place", document: Mapping[str, Any]) -> str:
     match place:
         case ("source", "address", *_):
             return "--source"
+        case ("source", "documents", *_):
+            return "--run-engine"
+        case ("source", "roots", *_):
+            return "--root"
         case ("checkpoint", *_):
             return "--checkpoint"
         case ("sinks", int(index), *_):

@@ -13,9 +13,12 @@ from stream.options import (
     FrameTime,
     KafkaProperties,
     Qmap,
+    Roots,
+    RunEngine,
     measured,
     only_given,
     option_of,
+    roots_of,
     stopped_by_signals,
 )
 
@@ -69,6 +72,8 @@ def gateway(
     regions: Annotated[int, typer.Option(min=1, max=4096, help="Bands of rows, each correlated by one worker.")],
     channel: Annotated[str | None, typer.Option(help="Threshold channel of a DECTRIS stream.")] = None,
     frame_time: FrameTime = None,
+    run_engine: RunEngine = None,
+    root: Roots = None,
     keep: Annotated[
         float | None,
         typer.Option(
@@ -96,7 +101,13 @@ def gateway(
     from stream.config import address, check
     from stream.regions import Regions
 
-    given = {"address": source, "channel": channel, "frame_time": frame_time and f"{frame_time!r} s"}
+    given = {
+        "address": source,
+        "channel": channel,
+        "frame_time": frame_time and f"{frame_time!r} s",
+        "documents": run_engine,
+        "roots": roots_of(root),
+    }
     document = only_given({"source": given, "qmap": "any"})  # which is not asked for
     section = check(document, lambda place: f"{option_of(place, document)}: ").source
     is_file = address(source).transport in ("hdf5", "recording", "rigaku")
@@ -108,7 +119,7 @@ def gateway(
             there = _plane(text, properties, *keys, binds=True)
             ring_bytes = round((keep or (10.0 if is_kafka else 0.5)) * 1e9)
             sinks.append(stack.enter_context(there.gateway(regions, ring_bytes=ring_bytes, waits=is_file, stop=stop)))
-        frames = stack.enter_context(source_of(section, give="chunks"))
+        frames = stack.enter_context(source_of(section, give="chunks", kafka_properties=kafka_properties))
         typer.echo(f"taking frames from {source}", err=True)
         ledger = plane.send(frames, sinks, Regions(regions), stop)
         typer.echo(

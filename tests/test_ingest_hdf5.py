@@ -710,7 +710,7 @@ def test_frames_too_large_to_be_true_are_refused_before_room_is_made(tmp_path, s
 
 @pytest.fixture
 def room_for_3_frames(monkeypatch):
-    monkeypatch.setattr("stream.ingest.hdf5.MAX_READ_BYTES", 3 * FRAMES[0].nbytes)
+    monkeypatch.setattr("stream.ingest.hdf5_frames.MAX_READ_BYTES", 3 * FRAMES[0].nbytes)
 
 
 @pytest.mark.usefixtures("room_for_3_frames")

@@ -1,0 +1,150 @@
+"""A run engine is given result files by a process beside it, which never holds it up."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import h5py
+import numpy as np
+import pytest
+from bluesky import RunEngine
+from bluesky import plan_stubs as bps
+from ophyd_async.core import StaticPathProvider, UUIDFilenameProvider, init_devices
+from ophyd_async.sim import SimBlobDetector
+
+from stream import bluesky
+from stream.bluesky import Live
+from stream.errors import ConfigError
+from tests.test_bluesky_runs import documents
+
+pytestmark = pytest.mark.timeout(180)
+
+DEADLINE = 60
+GEOMETRY = (
+    *("--shape", "40x50", "--beam-center-x", "-20", "--beam-center-y", "-30", "--detector-distance", "5 m"),
+    *("--pixel-size", "75 um", "--incident-energy", "11 keV", "--n-dynamic", "3", "--n-static", "12"),
+)
+
+
+def xpcs_stream(*arguments):
+    subprocess.run([sys.executable, "-m", "stream", *map(str, arguments)], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def qmap(tmp_path_factory):
+    path = tmp_path_factory.mktemp("qmap") / "qmap.h5"
+    xpcs_stream("qmap", *GEOMETRY, "--out", path)
+    return path
+
+
+@pytest.fixture
+def frames(tmp_path):
+    """What a detector wrote of run a, by its documents."""
+    counts = np.random.default_rng(1).poisson(3.0, (200, 40, 50)).astype("u2")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("entry/data/data", data=counts, chunks=(1, 40, 50))
+        file["entry/det"] = file["entry/data/data"]
+    return tmp_path / "a.h5"
+
+
+def live(qmap, tmp_path, **options):
+    return Live(qmap, tmp_path / "{run}.result.h5", roots={"/data": tmp_path}, threads=1, **options)
+
+
+def test_a_result_file_is_that_of_xpcs_stream_run_bit_for_bit(qmap, frames, tmp_path):
+    with live(qmap, tmp_path) as callback:
+        for each in documents("a", 200):
+            callback(*each)
+    theirs = tmp_path / "theirs.h5"
+    xpcs_stream("run", "--source", frames, "--qmap", qmap, "--out", theirs, "--frame-time", "2 ms", "--quiet")
+    with h5py.File(tmp_path / "a.result.h5") as file, h5py.File(theirs) as other:
+        assert file["entry/entry_identifier"][()] == b"a"
+        compared = []
+
+        def compare(name, dataset):
+            # When frames came is not what was in them.
+            if name != "ledger/lag" and isinstance(dataset, h5py.Dataset) and dataset.dtype.kind in "fiu":
+                np.testing.assert_array_equal(dataset[()], other["xpcs"][name][()], strict=True, err_msg=name)
+                compared.append(name)
+
+        file["xpcs"].visititems(compare)
+    assert {"multitau/normalized_g2", "temporal_mean/scattering_2d", "n_frames"} <= {*compared}
+
+
+def test_what_is_wrong_is_said_before_anything_is_subscribed(qmap, tmp_path):
+    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path / 'absent.h5'}: no such file")):
+        live(tmp_path / "absent.h5", tmp_path)
+    with pytest.raises(ConfigError, match="no directory"):
+        Live(qmap, tmp_path / "r.h5")
+
+
+def test_a_plan_goes_on_when_the_process_is_gone_and_a_lost_stop_is_an_error(qmap, tmp_path, caplog):
+    with live(qmap, tmp_path) as callback:
+        os.kill(callback._process.pid, signal.SIGKILL)
+        callback._process.wait(DEADLINE)
+        deadline = time.monotonic() + DEADLINE
+        while "stop of run b is not handed over" not in caplog.text:
+            begin = time.monotonic()
+            for each in documents("b"):
+                callback(*each)
+            assert time.monotonic() - begin < 1.0
+            assert time.monotonic() < deadline
+    assert "the process that correlates is gone (-9); the plan goes on" in caplog.text
+
+
+def test_a_plan_goes_on_when_the_process_is_slow_and_what_is_dropped_is_said(
+    qmap, frames, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(bluesky, "MAX_QUEUED", 10)
+    with live(qmap, tmp_path) as callback:
+        os.kill(callback._process.pid, signal.SIGSTOP)
+        slow = [each for i in range(10) for each in documents(f"slow-{i}", 500)]
+        for i in range(10):
+            (tmp_path / f"slow-{i}.h5").hardlink_to(frames)
+        for each in slow:
+            callback(*each)
+        os.kill(callback._process.pid, signal.SIGCONT)
+        assert "stream_datum is not handed over" in caplog.text
+        # There is room for stops: none is lost.
+        assert "stop of run" not in caplog.text
+
+
+def test_a_document_that_nobody_can_send_is_said_and_passed_over(qmap, frames, tmp_path, caplog):
+    with live(qmap, tmp_path) as callback:
+        callback("event", {"data": object()})
+        for each in documents("a", 200):
+            callback(*each)
+    assert "event is not handed over" in caplog.text
+    assert (tmp_path / "a.result.h5").exists()
+
+
+PIXELS = ("--shape", "240x320", *GEOMETRY[2:])
+
+
+def test_a_run_engine_is_given_the_result_of_its_run(tmp_path):
+    engine = RunEngine({}, context_managers=[])
+    with init_devices():
+        detector = SimBlobDetector(StaticPathProvider(UUIDFilenameProvider(), tmp_path))
+    xpcs_stream("qmap", *PIXELS, "--out", tmp_path / "qmap.h5")
+
+    def plan():
+        yield from bps.stage(detector)
+        yield from bps.open_run(md={"acquire_period": 0.1, "sample": "silica"})
+        for i in range(20):
+            detector.pattern_generator.set_x(float(i))
+            yield from bps.trigger_and_read([detector])
+        yield from bps.close_run()
+        yield from bps.unstage(detector)
+
+    with Live(tmp_path / "qmap.h5", tmp_path / "{run}.nxs", roots={str(tmp_path): tmp_path}, threads=1) as callback:
+        (uid,) = engine(plan(), callback)
+    engine.loop.call_soon_threadsafe(engine.loop.stop)
+    engine._th.join(DEADLINE)
+    engine.loop.close()
+    with h5py.File(tmp_path / f"{uid}.nxs") as file:
+        assert file["entry/sample/name"][()] == b"silica"
+        assert file["xpcs/n_frames"][()] == 20
+        assert file["xpcs/ledger/lost"][()] == 0
