@@ -43,8 +43,10 @@ from stream.pipeline import Pipeline
 from stream.sinks.dectris import DectrisSink
 from tests import kafka
 from tests.conftest import make_roimap, make_start
+from tests.plane import until_said
 from tests.test_bluesky_runs import documents as made_up
 from tests.test_bluesky_runs import eiger
+from tests.test_command_line import finished, started, xpcs_stream
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -762,3 +764,22 @@ def test_the_position_is_that_of_the_detector_after_what_was_yielded_last(tmp_pa
         for message in source:
             if isinstance(message, FrameBatch):
                 assert (message.run, source.position()) == ("uid", {"series_1:frame": message.first + 1})
+
+
+def test_the_command_correlates_the_files_that_a_run_engine_tells_of(engine, detector, tmp_path, broker, topic):
+    geometry = (
+        *("--shape", "240x320", "--beam-center-x", "160", "--beam-center-y", "120", "--detector-distance", "5 m"),
+        *("--pixel-size", "75 um", "--incident-energy", "11 keV"),
+    )
+    assert xpcs_stream("qmap", *geometry, "--out", tmp_path / "qmap.h5").exit_code == 0
+    command = ("run", "--source", f"kafka+bluesky://{broker.bootstrap}/{topic}", "--root", f"{tmp_path}={tmp_path}")
+    options = ("--qmap", "qmap.h5", "--out", "result.h5", "--runs", 1, "--quiet")
+    with started(*command, *options, cwd=tmp_path) as process:
+        until_said(process, "taking frames from")
+        publisher = bluesky_kafka.Publisher(topic, broker.bootstrap, key="key", flush_on_stop_doc=True)
+        engine.subscribe(publisher)
+        kept = documents_of(engine, staged(detector, moving(detector)))
+        finished(process)
+    with h5py.File(tmp_path / "result.h5") as result:
+        assert result["entry/entry_identifier"].asstr()[()] == uid_of(kept)
+        assert result["xpcs/ledger/received"][()] == len(frames_written(kept))
