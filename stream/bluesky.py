@@ -1,4 +1,4 @@
-"""For a run engine without a broker: correlate what its detectors take, beside it.
+"""For a run engine: correlate what its detectors take, beside it; and measure until that is precise.
 
 from stream.bluesky import Live
 
@@ -17,8 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+from stream.bluesky_precision import fly_until_precise as fly_until_precise
+from stream.bluesky_precision import until_precise as until_precise
 from stream.documents import pack
 from stream.errors import ConfigError
+from stream.precision import Goal as Goal
 
 _log = logging.getLogger(__name__)
 
