@@ -29,7 +29,7 @@ def delays(n_frames):
 
 @cache
 def roimap():
-    qmap = make_qmap()
+    qmap = make_qmap(static_per_dynamic=6)
     return RoiMap(static_roi_map=qmap["static_roi_map"], dynamic_roi_map=qmap["dynamic_roi_map"], qmap=qmap)
 
 

@@ -29,10 +29,10 @@ import numpy as np
 from event_model import DocumentNames, compose_run, schema_validators
 from numpy.typing import NDArray
 
-from stream.fit import NO_FIT, Fit, fit
 from stream.messages import Result, RunStart, RunStop
 from stream.sinks import bluesky_result
 from stream.sinks.bluesky_result import ORIGIN, Document, array_key
+from stream.uncertainty import estimate
 from stream.wire import shown
 
 _log = logging.getLogger(__name__)
@@ -91,10 +91,11 @@ class DerivedRun:
         fitted: int,
         analysis: Mapping[str, Any],
     ) -> None:
-        self._raw, self._qmap, self._fitted = start, qmap, fitted
+        self._raw, self._qmap = start, qmap
         planned = delays(start.metadata.get("n_frames") or _ENDLESS)
         self._delays = planned if planned.size else delays(_ENDLESS)
         self._n_q, self._n_static = len(qmap["dynamic_index_mapping"]), len(qmap["static_index_mapping"])
+        self._members = _static_bins(qmap, fitted)
         self._analysis = {"qmap": {"sha256": qmap["attributes"]["hash"]}, **analysis}
         # Of runs of one name the beginning is known, too, as in `stream.merger`.
         what = [start.run, start.metadata.get("start_time", ""), fitted, self._analysis]
@@ -176,7 +177,7 @@ class DerivedRun:
         multitau = results["multitau"]
         arrays = {name: result.arrays for name, result in results.items()}
         ledger, counts = arrays.get("ledger", {}), arrays.get("intensity", {}).get("intensity", np.empty(0))
-        fitted = self._fit(multitau)
+        contrast, rate = (estimate(multitau.arrays, of, *self._members) for of in ("contrast", "rate"))
         nothing = np.full(self._n_static, np.nan)
         return {
             "xpcs_frames": multitau.n_frames,
@@ -185,20 +186,15 @@ class DerivedRun:
             "xpcs_source_stop": multitau.n_frames,
             "xpcs_lag": float(ledger.get("lag", np.nan)),
             "xpcs_mean_intensity": float(counts.mean()) if counts.size else np.nan,
-            "xpcs_contrast": fitted.contrast,
-            "xpcs_contrast_err": fitted.contrast_err,
-            "xpcs_relaxation_rate": fitted.rate,
-            "xpcs_relaxation_rate_err": fitted.rate_err,
+            "xpcs_contrast": contrast.value if contrast.fit.converged else np.nan,
+            "xpcs_contrast_err": contrast.error,
+            "xpcs_relaxation_rate": rate.value if rate.fit.converged else np.nan,
+            "xpcs_relaxation_rate_err": rate.error,
             "xpcs_g2": self._by_delay(multitau, "g2"),
             "xpcs_g2_err": self._by_delay(multitau, "g2_err"),
             "xpcs_n_pairs": np.nan_to_num(self._by_delay(multitau, "n_pairs")),
             "xpcs_saxs_1d": np.array(arrays.get("scattering", {}).get("scattering_1d", nothing), np.float64),
         }
-
-    def _fit(self, multitau: Result) -> Fit:
-        tau, g2, g2_err = (np.asarray(multitau.arrays[name]) for name in ("tau", "g2", "g2_err"))
-        made = fit(tau, g2[:, self._fitted], g2_err[:, self._fitted])
-        return made if made.converged else NO_FIT
 
     def _by_delay(self, multitau: Result, name: str) -> NDArray[np.float64]:
         """Return an array of a result with delays last, at the delays of this run."""
@@ -251,8 +247,15 @@ def _facts(start: RunStart) -> dict[str, Any]:
     return facts
 
 
-def _bins(qmap: Mapping[str, Any], dim: int) -> NDArray[np.float64]:
-    """Return where the dynamic bins lie along one of the two axes of the map."""
-    natural = np.asarray(qmap["dynamic_index_mapping"], np.int64)
-    along = np.divmod(natural, int(qmap["dynamic_num_pts"][1]))[dim]
-    return np.asarray(qmap[f"dynamic_v_list_dim{dim}"], np.float64)[along]
+def _bins(qmap: Mapping[str, Any], dim: int, kind: str = "dynamic") -> NDArray[np.float64]:
+    """Return where the bins lie along one of the two axes of the map."""
+    natural = np.asarray(qmap[f"{kind}_index_mapping"], np.int64)
+    along = np.divmod(natural, int(qmap[f"{kind}_num_pts"][1]))[dim]
+    return np.asarray(qmap[f"{kind}_v_list_dim{dim}"], np.float64)[along]
+
+
+def _static_bins(qmap: Mapping[str, Any], dynamic: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the static bins of a dynamic one, all counted from 0, and their q."""
+    inside = np.asarray(qmap["dynamic_roi_map"]) == dynamic + 1
+    members = np.unique(np.asarray(qmap["static_roi_map"])[inside]).astype(np.int64) - 1
+    return members, _bins(qmap, 0, "static")[members]
