@@ -108,4 +108,7 @@ def places(frames: Chunks) -> NDArray[np.int64]:
     found[:, -2] = lengths - size % (8 * frames.dtype.itemsize)  # where there is nothing but the end
     found[:, : starts.shape[1]] = starts
     found[:, -1] = lengths
+    sizes = np.minimum(block, size - block * np.arange(found.shape[1] - 1))
+    if (MOST * np.diff(found) < sizes).any():
+        raise ValueError(f"blocks of {block} bytes that cannot be packed into so few")
     return found

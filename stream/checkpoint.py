@@ -78,6 +78,9 @@ class Store(Protocol):
             Another owner has taken over.
         """
 
+    def pass_by(self, position: Position) -> None:
+        """Take note that this process needs nothing before a position; the next one may, so it is not kept."""
+
 
 class File:
     """One file, for one process."""
@@ -95,6 +98,9 @@ class File:
     def save(self, checkpoint: Checkpoint) -> None:
         """Replace it; see `Store`."""
         save(self._path, checkpoint)
+
+    def pass_by(self, position: Position) -> None:
+        """Do nothing; see `Store`."""
 
 
 class Reader(Protocol):
@@ -128,6 +134,10 @@ class Acknowledged:
         """Keep one, then tell that it is safe; see `Store`."""
         self._store.save(checkpoint)
         self._reader.acknowledge(checkpoint.position)
+
+    def pass_by(self, position: Position) -> None:
+        """Tell that it is safe; see `Store`."""
+        self._reader.acknowledge(position)
 
 
 KEPT = 2
@@ -195,6 +205,9 @@ class Epochs:
             for epoch in self._epochs():
                 if epoch < int(self._own.name):
                     shutil.rmtree(self._directory / f"{epoch:08d}", ignore_errors=True)
+
+    def pass_by(self, position: Position) -> None:
+        """Do nothing; see `Store`."""
 
     def _check_whose(self) -> None:
         try:

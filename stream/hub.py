@@ -20,7 +20,7 @@ import zmq
 
 from stream.curve import GatewayKeys
 from stream.errors import DecodeError, SinkError
-from stream.hub_wire import EACH, MAX_BYTES, Had, Here, Put, Read, Record, Refused, Said, pack, unpack
+from stream.hub_wire import MAX_BYTES, OVERHEAD, Had, Here, Put, Read, Record, Refused, Said, pack, unpack
 from stream.ring import Ring
 from stream.sharing import SESSION, Group
 from stream.wire import Buffer
@@ -137,7 +137,7 @@ class Hub:
         self._alarm.bind("inproc://alarm")
         self._bell.connect("inproc://alarm")
         self._is_closing = False
-        self._thread = threading.Thread(target=self._run, name="hub")
+        self._thread = threading.Thread(target=self._run, name="hub", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -318,7 +318,7 @@ class Hub:
             if found is None:
                 continue
             offset, kept = found
-            n_bytes = kept.n_bytes + EACH
+            n_bytes = kept.n_bytes + OVERHEAD
             if reader.n_bytes and reader.n_bytes + n_bytes > reader.window:
                 continue
             record = Record(log=reader.log, ring=ring.name, offset=offset, follows=reader.next)

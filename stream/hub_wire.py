@@ -18,7 +18,7 @@ from stream.wire import MAX_COUNT, Buffer, Packer, shown, unpackb, words
 MAX_BYTES = 2**28
 """Of one part of a message."""
 
-EACH = 2**12
+OVERHEAD = 2**12
 """Bytes that a record counts for besides its own where it is held against a window: so that bounds their number too."""
 
 MAX_REGIONS = 4096
@@ -45,7 +45,7 @@ class Read(_Said):
     safe: _Count
     """Records before this offset will never be wanted again."""
     window: Annotated[int, Field(ge=1, le=MAX_BYTES)]
-    """Bytes from `next` on that may be on their way, `EACH` more for every record; one record at least."""
+    """Bytes from `next` on that may be on their way, `OVERHEAD` more for every record; one record at least."""
     again: bool = False
     """What was on its way is lost: send it once more."""
 

@@ -86,6 +86,8 @@ class KafkaGroup:
             while not stop.is_set():
                 self._heed(self._consumer.poll(POLL))
                 serving.tend()
+            serving.leave(serving.regions)
+            serving.tend()
         finally:
             serving.leave(serving.regions)
             self._consumer.close()

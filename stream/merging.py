@@ -60,7 +60,7 @@ def merge(
         The position cannot be written.
     """
     began: dict[Key, Position] = {}
-    before = source.position()
+    before = acknowledged = source.position()
     due = time.monotonic() + publish_every
     for message in source:
         outputs: list[Output] = []
@@ -78,11 +78,13 @@ def merge(
         if outputs:
             deliver(outputs, sinks)
         n_ended = sum(isinstance(output, RunStop) for output in outputs)
-        if n_ended:
-            needed = _earliest([*began.values(), before])
-            if position is not None:
-                _save(position, needed, merger.ended)
+        needed = _earliest([*began.values(), before])
+        if n_ended and position is not None:
+            _save(position, needed, merger.ended)
+        # Also of what came once more of runs that are done.
+        if (n_ended or message is None) and needed != acknowledged:
             source.acknowledge(needed)
+            acknowledged = needed
         if runs is not None:
             runs -= n_ended
         if stop.is_set() or (runs is not None and runs <= 0):

@@ -165,7 +165,7 @@ class Pipeline:
         self._refused_run = ""
         self._last_reason = ""
         self._rejected = self._strays = 0
-        self._publish_due = self._checkpoint_due = 0.0
+        self._publish_due = self._checkpoint_due = self._pass_due = 0.0
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._drain_until: float | None = None
@@ -348,6 +348,10 @@ class Pipeline:
             self._save(self._position)
         elif self._run is not None and now >= self._checkpoint_due and self._writing is None:
             self._save_beside(self._position)
+        elif self._run is None and self._checkpoints is not None and now >= self._pass_due:
+            # Of runs that were refused, and of none.
+            self._pass_due = now + OFTEN
+            self._checkpoints.pass_by(self._position)
 
     def _save(self, position: Position) -> None:
         """Return once the checkpoint is on disk."""

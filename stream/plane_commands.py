@@ -77,6 +77,7 @@ def gateway(
     keep: Annotated[
         float | None,
         typer.Option(
+            min=0.001,
             help="GB of frames kept of each region: 10 on the disk of Kafka; 0.5 in memory for zmq, and as much for "
             "partial sums. If not given.",
             show_default=False,
@@ -110,14 +111,16 @@ def gateway(
     }
     document = only_given({"source": given, "qmap": "any"})  # which is not asked for
     section = check(document, lambda place: f"{option_of(place, document)}: ").source
-    is_file = address(source).transport in ("hdf5", "recording", "rigaku")
+    if (secret_key or allowed) and all(address(text).transport == "kafka" for text in to):
+        raise typer.BadParameter("--secret-key and --allowed are for zmq; for Kafka see --kafka-properties")
+    is_file = address(source).transport in ("hdf5", "recording", "rigaku", "documents")
     with stopped_by_signals() as stop, ExitStack() as stack:
         sinks = []
         for text in to:
             is_kafka = address(text).transport == "kafka"
             properties, keys = (kafka_properties, (None, None)) if is_kafka else (None, (secret_key, allowed))
             there = _plane(text, properties, *keys, binds=True)
-            ring_bytes = round((keep or (10.0 if is_kafka else 0.5)) * 1e9)
+            ring_bytes = round(1e9 * (keep if keep is not None else 10.0 if is_kafka else 0.5))
             sinks.append(stack.enter_context(there.gateway(regions, ring_bytes=ring_bytes, waits=is_file, stop=stop)))
         frames = stack.enter_context(source_of(section, give="chunks", kafka_properties=kafka_properties))
         typer.echo(f"taking frames from {source}", err=True)
@@ -166,6 +169,8 @@ def worker(
     compile_kernels(make, roimap, lambda text: typer.echo(text, err=True))
     with stopped_by_signals() as stop:
         there.wait(stop)
+        if stop.is_set():
+            return
         typer.echo(f"taking regions of {source}", err=True)
         plane.work(
             there,
@@ -232,6 +237,8 @@ def merge(
         made = sinks_of(configuration, roimap, ctx.obj, typer.echo, stop=stop, memory=memory) if sinks else []
         open_sinks = [stack.enter_context(sink) for sink in made]
         there.wait(stop)
+        if stop.is_set():
+            return
         typer.echo(f"taking partial sums from {source}", err=True)
         plane.merge_partials(
             there,

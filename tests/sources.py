@@ -12,6 +12,7 @@ class ListSource(contextlib.nullcontext):
         super().__init__(self)
         self.messages = messages
         self.next = 0
+        self.acknowledged = {}
 
     def __iter__(self):
         while self.next < len(self.messages):
@@ -26,6 +27,9 @@ class ListSource(contextlib.nullcontext):
 
     def seek(self, position):
         self.next = position["message"]
+
+    def acknowledge(self, position):
+        self.acknowledged = position
 
 
 class LiveSource(ListSource):

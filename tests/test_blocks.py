@@ -91,3 +91,14 @@ def test_a_chunk_of_which_a_block_has_a_false_length_is_refused(length):
     false = chunk[:12] + struct.pack(">I", length) + chunk[16:]
     with pytest.raises(ValueError, match="do not add up to chunks of"):
         list(blocks.bands(replace(whole, chunks=(false,)), [(0, 30), (30, 67)]))
+
+
+def test_a_chunk_with_a_block_that_cannot_be_so_small_is_refused():
+    """As a whole it could be packed into so few bytes; a band of it could not."""
+    size, block = 3 * 8192, 8192
+    parts = [bytes(200), b"\0", bytes(200)]
+    chunk = blocks.HEADER.pack(size, block) + b"".join(struct.pack(">I", len(part)) + part for part in parts)
+    frames = replace(chunks_of(counts((3, 4096)), 4096), chunks=(chunk, chunk))
+    blocks.check(frames)
+    with pytest.raises(ValueError, match="cannot be packed into so few"):
+        blocks.places(frames)

@@ -18,10 +18,10 @@ from stream.dealer import Hub as Address
 from stream.errors import SinkError, SourceError
 from stream.hub import PARTIALS, Hub, frames_log
 from stream.hub_group import HubGroup
-from stream.hub_wire import EACH, MAX_CONTROL_BYTES, Had, Here, Put, Read, Record, Refused, Yours, pack, unpack
+from stream.hub_wire import MAX_CONTROL_BYTES, OVERHEAD, Had, Here, Put, Read, Record, Refused, Yours, pack, unpack
 from stream.ingest.hub import HubResults, HubSource
 from stream.messages import FrameBatch, Rejected, Result
-from stream.ring import EACH as RING_EACH
+from stream.ring import EACH
 from stream.serving import Serving
 from stream.sinks import hub as sinks_hub
 from stream.sinks.hub import HubFrames, HubSink
@@ -292,7 +292,7 @@ def test_a_source_goes_on_behind_its_position():
 
 
 def test_a_source_without_a_position_begins_with_the_oldest_that_is_there():
-    with opened(ring_bytes=5 * (EACH + 600)) as hub:
+    with opened(ring_bytes=5 * (OVERHEAD + 600)) as hub:
         put_into(hub, *(batch(i) for i in range(100)))
         with HubSource(at(hub), LOG) as source:
             (first,) = read(source, 1)
@@ -318,7 +318,7 @@ def test_a_reader_that_stalls_is_sent_its_window_and_others_get_everything_meanw
     with opened() as hub, HubSource(at(hub), LOG) as source:
         put_into(hub, *(large(i) for i in range(20)))
         stalled = raw(hub)
-        n_bytes = sum(len(bytes(part)) for part in encode(large(0))) + EACH
+        n_bytes = sum(len(bytes(part)) for part in encode(large(0))) + OVERHEAD
         stalled.read(0, window=5 * n_bytes + n_bytes // 2)
         assert len(read(source, 20)) == 20
         assert [record.offset for record in stalled.records()] == [0, 1, 2, 3, 4]
@@ -340,7 +340,7 @@ def test_a_window_bounds_the_number_of_small_records_too(raw):
         for _ in range(100):
             hub.append(LOG, [b"", b"", b""], must_stay=False)
         reader = raw(hub)
-        reader.read(0, window=10 * EACH)
+        reader.read(0, window=10 * OVERHEAD)
         assert len(reader.records()) == 10
 
 
@@ -362,7 +362,7 @@ def test_a_reader_that_is_silent_for_long_gets_nothing_beyond_its_window(raw, mo
         reader = raw(here)
         n_records = 0
         for _ in range(3):
-            reader.read(0, window=10 * EACH)
+            reader.read(0, window=10 * OVERHEAD)
             n_records += len(reader.records(0.3))
         assert n_records == 10
 
@@ -372,7 +372,7 @@ def test_a_reader_that_is_gone_is_forgotten(raw, monkeypatch):
     with opened() as here:
         put_into(here, *(batch(i) for i in range(100)))
         reader = raw(here)
-        reader.read(0, window=EACH)
+        reader.read(0, window=OVERHEAD)
         assert reader.hear(Record) is not None
         assert len(here._readers) == 1
         reader.socket.close()
@@ -421,6 +421,19 @@ def test_a_position_that_was_not_acknowledged_keeps_its_records():
         until(lambda: next(iter(source)) or hub.wait_until_safe(0) == {LOG: 3})
         source.acknowledge(source.position())
         until(lambda: next(iter(source)) or hub.wait_until_safe(0) == {})
+
+
+def test_where_a_source_goes_on_is_safe_though_the_one_before_it_did_not_live_to_say_so():
+    with opened() as hub:
+        put_into(hub, start(), batch(0), stop())
+        with HubSource(at(hub), LOG) as killed:
+            read(killed, 3)
+            saved = killed.position()
+        assert hub.wait_until_safe(0) == {LOG: 3}
+        with HubSource(at(hub), LOG) as heir:
+            heir.seek(saved)
+            source = iter(heir)
+            until(lambda: next(source) or hub.wait_until_safe(0) == {})
 
 
 def test_what_closes_tells_what_is_safe():
@@ -803,7 +816,7 @@ def test_small_records_from_outside_take_no_more_memory_than_is_counted(raw):
             writer.put(number, b"", bytes(300), bytes(200))
             assert writer.hear(Had).number == number + 1
         assert here.wait_until_safe(0) == {PARTIALS: 3000}
-        assert resident() - before < 3 * 3000 * (500 + RING_EACH)
+        assert resident() - before < 3 * 3000 * (500 + EACH)
 
 
 @contextmanager

@@ -213,6 +213,20 @@ def test_killed_and_restarted_it_gives_the_same_answer_and_does_not_repeat_what_
     assert_same(sink, whole(second))
 
 
+def test_what_comes_once_more_of_a_run_that_is_done_is_acknowledged_too():
+    messages = list(interleaved(all_partials(run_of()), 1))
+    source, merger = ListSource([*messages, *messages, None]), Merger(operators, patience=1e9)
+    merge(source, merger, [ListSink()], stop=threading.Event())
+    assert source.acknowledged == {"message": 2 * len(messages) + 1}
+
+
+def test_of_a_run_that_is_open_nothing_is_acknowledged():
+    messages = list(interleaved(all_partials(run_of()), 1))
+    source, merger = ListSource([*messages[:-1], None]), Merger(operators, patience=1e9)
+    merge(source, merger, [ListSink()], stop=threading.Event())
+    assert not source.acknowledged.get("message")
+
+
 def test_what_cannot_be_read_is_skipped():
     streams = all_partials(run_of())
     messages = [each for message in interleaved(streams, 2) for each in (Rejected(reason="poison"), message)]

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from stream import checkpoint, wire
+from stream import checkpoint, pipeline, wire
 from stream import ledger as ledger_module
 from stream.errors import CheckpointError, DecodeError, RoiMapError, SinkError, SourceError
 from stream.ledger import Ledger
@@ -353,6 +353,15 @@ def test_a_run_whose_end_never_came_ends_where_its_source_stands_also_after_a_re
 
     process([*RUN[:3], *TWO_RUNS[-3:]], checkpoints=Store(path))
     assert all(saved), "the beginning is no place to go on from"
+
+
+def test_what_comes_without_a_run_is_not_needed_again_and_yet_not_passed_by_a_restart(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "OFTEN", 0.0)
+    source = ListSource([batch(0, 12), stop(12), None])
+    store = checkpoint.Acknowledged(checkpoint.File(tmp_path / "checkpoint"), source)
+    process([], source=lambda _: source, checkpoints=store)
+    assert source.acknowledged == {"message": 3}
+    assert checkpoint.load(tmp_path / "checkpoint") is None
 
 
 def test_frames_are_taken_while_a_checkpoint_is_written(tmp_path, monkeypatch):

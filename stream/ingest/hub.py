@@ -7,7 +7,7 @@ from typing import Self
 
 from stream.dealer import Dealer, Hub
 from stream.errors import DecodeError, SourceError
-from stream.hub_wire import EACH, Read, Record
+from stream.hub_wire import OVERHEAD, Read, Record
 from stream.ingest.chunks import Unpacking, frames_of
 from stream.messages import FrameBatch, Message, Output, Position, Rejected, Result, RunStart, RunStop
 from stream.wire import decode
@@ -145,6 +145,8 @@ class _Records:
             if log != self._log or offset < 0:
                 raise SourceError(f"{self._hub}: {self._log} cannot go to {place} = {offset}")
             self._next = offset
+        # What is gone on from is safe, though the one who saved it may not have lived to say so.
+        self._safe = position
 
     def acknowledge(self, position: Position) -> None:
         self._safe = position
@@ -160,7 +162,7 @@ class _Records:
                 yield "", None
                 continue
             where = f"{self._hub}: {self._log}, offset {record.offset}"
-            self._unread += sum(memoryview(part).nbytes for part in parts) + EACH
+            self._unread += sum(memoryview(part).nbytes for part in parts) + OVERHEAD
             try:
                 message: Output | Rejected = decode(parts)
             except DecodeError as error:

@@ -259,7 +259,7 @@ class _Records:
                 self._where,
                 region,
                 offset,
-                max(0, offset - self._next[region]),
+                max(0, offset - self._next.get(region, offset)),
             )
         self._next[region] = offset + 1
 

@@ -16,7 +16,7 @@ from stream.dealer import Dealer
 from stream.dealer import Hub as Address
 from stream.errors import SinkError
 from stream.hub import Hub, frames_log
-from stream.hub_wire import Had, Put
+from stream.hub_wire import MAX_BYTES, Had, Put
 from stream.messages import FrameBatch, Output, Result, RunStart
 from stream.sinks.pieces import Pieces
 from stream.wire import Buffer, encode
@@ -113,9 +113,13 @@ class HubFrames:
             )
 
     def _wait_for_room(self, log: str, n_bytes: int) -> None:
+        told_at = time.monotonic()
         while not self._hub.wait_for_room(log, n_bytes, POLL):
             if self._stop.is_set():
                 raise SinkError(f"{self._hub.address}: stopped while {log} waited for a worker")
+            if time.monotonic() - told_at > TELL:
+                told_at = time.monotonic()
+                _log.warning("waiting for a worker to take %s", log)
 
     def _wait_until_safe(self) -> None:
         told_at = time.monotonic()
@@ -201,6 +205,9 @@ class HubSink:
             raise SinkError(f"{self._hub}: {error}") from error
         self._hear(0)
         is_interim = isinstance(output, Result) and not output.final
+        largest = max(memoryview(part).nbytes for part in parts)
+        if largest > MAX_BYTES:
+            raise SinkError(f"{self._hub}: {largest:,} bytes of {output.run} are more than the {MAX_BYTES:,} of a part")
         sent = _Sent(parts, sum(memoryview(part).nbytes for part in parts), not is_interim)
         if self._n_bytes + sent.n_bytes > QUEUE_BYTES:
             if is_interim and self._sent:
@@ -247,7 +254,7 @@ class HubSink:
         """Wait until no more than so many bytes are not known to be there."""
         deadline, why = time.monotonic() + timeout, f"the gateway did not take everything in {timeout:g} s"
         has_stopped = False
-        while self._n_bytes > n_bytes or (n_bytes == 0 and self._sent):
+        while self._n_bytes > n_bytes:
             self._hear(POLL)
             now = time.monotonic()
             if self._stop is not None and self._stop.is_set() and not has_stopped:
