@@ -78,13 +78,13 @@ def merge(
         if outputs:
             deliver(outputs, sinks)
         n_ended = sum(isinstance(output, RunStop) for output in outputs)
-        needed = _earliest([*began.values(), before])
-        if n_ended and position is not None:
-            _save(position, needed, merger.ended)
-        # Also of what came once more of runs that are done.
-        if (n_ended or message is None) and needed != acknowledged:
-            source.acknowledge(needed)
-            acknowledged = needed
+        if n_ended or message is None:  # also of what came once more of runs that are done
+            needed = _earliest([*began.values(), before])
+            if n_ended and position is not None:
+                _save(position, needed, merger.ended)
+            if needed != acknowledged:
+                source.acknowledge(needed)
+                acknowledged = needed
         if runs is not None:
             runs -= n_ended
         if stop.is_set() or (runs is not None and runs <= 0):

@@ -248,6 +248,19 @@ def send_header_name(broker, topic, name):
         assert connection.recv(1000)
 
 
+def test_what_is_safe_shows_as_the_committed_offset_of_a_group_that_nobody_joins(broker, topic):
+    with KafkaSink(broker.bootstrap, topic) as sink:
+        for n in range(3):
+            sink.write(RunStop(run=f"run-{n}", n_frames=0, exit_status="success"))
+    with KafkaSource(broker.bootstrap, topic, 0, group="8idi.xpcs.safe") as source:
+        take(2, source)
+        source.acknowledge(source.position())
+    watching = Consumer({"bootstrap.servers": broker.bootstrap, "group.id": "8idi.xpcs.safe"})
+    [committed] = watching.committed([TopicPartition(topic, 0)], timeout=30)
+    watching.close()
+    assert committed.offset == source.position()[f"{topic}:0"] == 2
+
+
 def test_a_source_goes_on_exactly_where_its_position_says(broker, topic):
     run = [start(), *(batch(i, counts(1, seed=i)) for i in range(30)), stop(30)]
     send(broker, topic, *run)

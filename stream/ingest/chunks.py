@@ -1,4 +1,4 @@
-"""Where frames of one region arrive: `Chunks` become frames again."""
+"""What arrives in records of our wire, for pipelines and mergers; `Chunks` become frames again."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -12,7 +12,7 @@ from stream import blocks
 from stream.errors import DecodeError
 from stream.ingest.dectris_messages import Pixels
 from stream.ingest.photons import Photons, is_dim
-from stream.messages import Chunks, Events, FrameBatch, Message, Output, Position, Rejected, Result, RunStart
+from stream.messages import Chunks, Events, FrameBatch, Message, Output, Position, Rejected, Result, RunStart, RunStop
 from stream.wire import check_start
 
 
@@ -118,6 +118,16 @@ def frames_of(records: Records, unpack: Unpacking) -> Iterator[tuple[Message | N
         yield from ((each, position) for each in earlier)
         position = records.position()
         yield last, position
+
+
+def results_of(records: Records) -> Iterator[RunStart | RunStop | Result | Rejected | None]:
+    """Yield what a merger takes of records."""
+    for where, message in records:
+        match message:
+            case FrameBatch(run=run):
+                yield Rejected(reason=f"{where}: frames of run {run!r} stand where results are expected")
+            case _:
+                yield message
 
 
 def _messages(where: str, message: Output | Rejected | None, unpack: Unpacking) -> Iterator[Message | None]:

@@ -8,8 +8,8 @@ from typing import Self
 from stream.dealer import Dealer, Hub
 from stream.errors import DecodeError, SourceError
 from stream.hub_wire import OVERHEAD, Read, Record
-from stream.ingest.chunks import Unpacking, frames_of
-from stream.messages import FrameBatch, Message, Output, Position, Rejected, Result, RunStart, RunStop
+from stream.ingest.chunks import Unpacking, frames_of, results_of
+from stream.messages import Message, Output, Position, Rejected, Result, RunStart, RunStop
 from stream.wire import decode
 
 _log = logging.getLogger(__name__)
@@ -98,12 +98,7 @@ class HubResults:
 
     def __iter__(self) -> Iterator[RunStart | RunStop | Result | Rejected | None]:
         """Yield messages as they come, `Rejected` for what is not one, None when nothing came for 0.05 s."""
-        for where, message in self._records:
-            match message:
-                case FrameBatch(run=run):
-                    yield Rejected(reason=f"{where}: frames of run {run!r} stand where results are expected")
-                case _:
-                    yield message
+        return results_of(self._records)
 
     def position(self) -> Position:
         """See `HubSource.position`."""

@@ -9,9 +9,9 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, TopicPartiti
 from confluent_kafka import Message as Record
 
 from stream.errors import DecodeError, NotSeekable, SourceError
-from stream.ingest.chunks import Unpacking, frames_of
+from stream.ingest.chunks import Unpacking, frames_of, results_of
 from stream.kafka import ANSWER, Cluster, address
-from stream.messages import FrameBatch, Message, Output, Position, Rejected, Result, RunStart, RunStop
+from stream.messages import Message, Output, Position, Rejected, Result, RunStart, RunStop
 from stream.wire import decode
 
 _log = logging.getLogger(__name__)
@@ -147,12 +147,7 @@ class KafkaResults:
 
     def __iter__(self) -> Iterator[RunStart | RunStop | Result | Rejected | None]:
         """Yield messages as they come, `Rejected` for what is not one, None when nothing came for 0.05 s."""
-        for where, message in self._records:
-            match message:
-                case FrameBatch(run=run):
-                    yield Rejected(reason=f"{where}: frames of run {run!r} stand where results are expected")
-                case _:
-                    yield message
+        return results_of(self._records)
 
     def position(self) -> Position:
         """Return ``{"topic:region": offset}`` of every region of which something was yielded."""
