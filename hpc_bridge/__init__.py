@@ -1,1 +1,1 @@
-"""Compute nodes from on-demand queues. Never imports `stream`: a pilot just runs a command."""
+"""Compute nodes from on-demand and preemptable queues. Never imports `stream`: a pilot just runs a command."""
