@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 bin := $(VENV)/bin
+# Most tests wait for other processes, so several files go at once.
+together := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .PHONY: demo test kafka clean
 
@@ -13,8 +15,8 @@ test: $(VENV)/installed-for-test kafka
 	$(bin)/ruff check .
 	$(bin)/mypy
 	$(bin)/lint-imports
-	$(bin)/pytest
-	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=$(abspath $(VENV))/boundscheck $(bin)/pytest tests/test_kernels.py tests/test_multitau.py tests/test_means.py
+	$(bin)/pytest $(together)
+	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=$(abspath $(VENV))/boundscheck $(bin)/pytest $(together) tests/test_kernels.py tests/test_multitau.py tests/test_means.py
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -167,7 +167,7 @@ def work(
 
 
 def merge_partials(
-    plane: Plane,
+    source: Results,
     make: Make,
     sinks: Sequence[Sink],
     *,
@@ -179,15 +179,14 @@ def merge_partials(
 ) -> None:
     """Merge the partial sums of a beamline, see `stream.merging.merge`."""
     begin, ended = saved(position)
-    with plane.results() as source:
-        if begin:
-            source.seek(begin)
-        merge(
-            source,
-            Merger(make, patience=patience, ended=ended),
-            sinks,
-            position=position,
-            publish_every=publish_every,
-            runs=runs,
-            stop=stop,
-        )
+    if begin:
+        source.seek(begin)
+    merge(
+        source,
+        Merger(make, patience=patience, ended=ended),
+        sinks,
+        position=position,
+        publish_every=publish_every,
+        runs=runs,
+        stop=stop,
+    )

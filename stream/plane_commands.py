@@ -239,9 +239,10 @@ def merge(
         there.wait(stop)
         if stop.is_set():
             return
+        partials = stack.enter_context(there.results())
         typer.echo(f"taking partial sums from {source}", err=True)
         plane.merge_partials(
-            there,
+            partials,
             make,
             open_sinks,
             position=position,
