@@ -106,6 +106,9 @@ class Site(_Section):
     """How long before the end of its walltime a pilot is told to hand over at the latest."""
     submits_per_minute: float = Field(default=12, gt=0)
     command_timeout: Time = timedelta(seconds=10)
+    """Of every command of the scheduler."""
+    list_every: Time = timedelta(seconds=5)
+    """Between looks at what the scheduler knows of our jobs. Heartbeats tell sooner what matters."""
     starts_within: Time = timedelta(minutes=5)
     """How long a job that the scheduler says runs may take until its pilot is heard of."""
 
@@ -165,6 +168,8 @@ class Beamline(_Section):
         default=None, pattern=r"^(kafka\+bluesky://[^/]+:\d+/[\w.-]+|zmq\+bluesky://[^/]+:\d+)$"
     )
     """Whose runs ask for nodes: documents of Bluesky, over Kafka or from a Proxy."""
+    kafka_properties: Path | None = None
+    """Settings of librdkafka to read them with, a ``name=value`` a line."""
 
     @model_validator(mode="after")
     def _is_sound(self) -> "Beamline":
