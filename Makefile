@@ -1,22 +1,27 @@
-# `make demo` and `make test` need nothing but Python 3.11 or newer; both work in .venv. The tests of Kafka need Java.
+# `make demo` and `make test` need nothing but Python 3.11 or newer; both work in .venv. The tests of Kafka need Java,
+# those of jobs Slurm.
 PYTHON ?= python3
 VENV ?= .venv
 bin := $(VENV)/bin
 # Most tests wait for other processes, so several files go at once.
 together := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: demo test kafka clean
+.PHONY: demo test kafka slurm clean test-pbs
 
 demo: $(VENV)/installed
 	PATH="$(abspath $(bin)):$$PATH" sh docs/demo.sh
 
-test: $(VENV)/installed-for-test kafka
+test: $(VENV)/installed-for-test kafka slurm
 	$(bin)/ruff format --check .
 	$(bin)/ruff check .
 	$(bin)/mypy
 	$(bin)/lint-imports
 	$(bin)/pytest $(together)
 	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=$(abspath $(VENV))/boundscheck $(bin)/pytest $(together) tests/test_kernels.py tests/test_multitau.py tests/test_means.py
+
+# Against a live OpenPBS, for whoever has one: tests/test_pbs.py says what it must be like.
+test-pbs: $(VENV)/installed-for-test
+	$(bin)/pytest -m pbs tests/test_pbs.py
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +39,16 @@ kafka:
 		apt-get install -qq --yes --no-install-recommends default-jre-headless maven >/dev/null || \
 		echo "Java and Maven cannot be installed: the tests of Kafka are skipped"; \
 	else echo "no Java or no Maven: the tests of Kafka are skipped (Debian: apt-get install default-jre-headless maven)"; fi
+
+slurm_packages := slurmctld slurmd slurm-client slurmdbd munge mariadb-server
+slurm:
+	@if command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v slurmdbd >/dev/null && \
+		command -v munged >/dev/null && command -v mariadbd >/dev/null; then :; \
+	elif [ -f /etc/debian_version ] && [ "$$(id -u)" = 0 ]; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -qq --yes --no-install-recommends $(slurm_packages) >/dev/null || \
+		echo "Slurm cannot be installed: its tests are skipped"; \
+	else echo "no Slurm: its tests are skipped (Debian: apt-get install $(slurm_packages))"; fi
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

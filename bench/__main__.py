@@ -14,6 +14,8 @@ NAMES = {
     "multitau": "pixel-frames per second of the kernels, against other programs and the machine's limits",
     "kafka": "frames per second through Kafka into one merged g2, against the bare client; latency, failover",
     "zmq": "the same through the ZeroMQ plane",
+    "allocate": "seconds from run start to first frame correlated on nodes of a real Slurm; a lost node replaced",
+    "bluesky": "documents per second in and out, against bluesky-kafka's own; delay from raw to derived event",
     "stream": "frames per second over ZeroMQ into g2, against receiving only; latency from frame to result",
 }
 

@@ -75,7 +75,7 @@ class Beamline:
         self._folder = folder
         self._new = new
         self._roimap = rings(SHAPE)
-        self._qmap = _qmap(folder, SHAPE)
+        self._qmap = qmap(folder, SHAPE)
 
     def figures(self, name: str, bare: Callable[[int], float], *, failover: float) -> Iterator[Figure]:
         """Send uint16 frames (mean 1 count) of 512 x 512 pixels in 4 regions to 2 workers; then 100 frames per second.
@@ -191,7 +191,7 @@ class Beamline:
     def _resident(self) -> dict[str, tuple[float, float]]:
         """Return the MB that gateway, worker and merger have at most until `EARLY`, and after it until `LATE`."""
         address, _ = self._new()
-        qmap = _qmap(self._folder, SMALL)
+        small = qmap(self._folder, SMALL)
         frames = poisson(SMALL, BATCH, 1).astype("u1")
         resident: list[list[float]] = []
         with ExitStack() as stack:
@@ -204,8 +204,8 @@ class Beamline:
             shown = display.address.replace("tcp", "zmq")
             commands: dict[str, tuple[str | Path, ...]] = {
                 "gateway": ("--to", address, *taking, "--keep", SMALL_RING),
-                "worker": ("--source", address, "--qmap", qmap, *often, *serving),
-                "merge": ("--source", address, "--qmap", qmap, "--publish", shown, "--quiet", *often),
+                "worker": ("--source", address, "--qmap", small, *often, *serving),
+                "merge": ("--source", address, "--qmap", small, "--publish", shown, "--quiet", *often),
             }
             processes = [stack.enter_context(_started(*STREAM, name, *options)) for name, options in commands.items()]
             results = iter(stack.enter_context(ZmqResults(display.address)))
@@ -221,6 +221,18 @@ class Beamline:
         n = EARLY // AHEAD
         series = zip(commands, zip(*resident, strict=True), strict=True)
         return {name: (max(each[:n]), max(each[n:])) for name, each in series}
+
+
+def qmap(folder: Path, shape: Shape) -> Path:
+    """Write a map, that of `bench.data.rings`, by the command for it."""
+    rows, columns = shape
+    path = folder / f"qmap-{rows}x{columns}.h5"
+    center = ("--beam-center-x", str(columns / 2), "--beam-center-y", str(rows / 2))
+    geometry = ("--detector-distance", "5 m", "--pixel-size", "75 um", "--incident-energy", "10 keV")
+    bins = ("--n-static", "320", "--n-dynamic", "8")
+    command = ("qmap", "--shape", f"{rows}x{columns}", *center, *geometry, *bins, "--out", path)
+    subprocess.run([sys.executable, *STREAM, *command], check=True, stdout=subprocess.DEVNULL)
+    return path
 
 
 class _Frames:
@@ -260,18 +272,6 @@ def _megabytes(process: "subprocess.Popen[str]") -> float:
     """Return what a process has in memory; see proc(5)."""
     pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 1e6
-
-
-def _qmap(folder: Path, shape: Shape) -> Path:
-    """Write the map of `bench.data.rings`, by the command for it."""
-    rows, columns = shape
-    path = folder / f"qmap-{rows}x{columns}.h5"
-    center = ("--beam-center-x", str(columns / 2), "--beam-center-y", str(rows / 2))
-    geometry = ("--detector-distance", "5 m", "--pixel-size", "75 um", "--incident-energy", "10 keV")
-    bins = ("--n-static", "320", "--n-dynamic", "8")
-    command = ("qmap", "--shape", f"{rows}x{columns}", *center, *geometry, *bins, "--out", path)
-    subprocess.run([sys.executable, *STREAM, *command], check=True, stdout=subprocess.DEVNULL)
-    return path
 
 
 @contextmanager

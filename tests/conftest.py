@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from stream.messages import Chunks, Events, FrameBatch, RunStart
 from stream.operators.roimap import RoiMap
 from tests import kafka
+from tests import slurm as real_slurm
 
 # Kernels compile on their first call, which hypothesis would take for a slow example.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=30)
@@ -40,6 +41,13 @@ def secured(tmp_path_factory):
     """The doors of a broker that asks who comes in."""
     with kafka.started_secured(tmp_path_factory.mktemp("secured")) as doors:
         yield doors
+
+
+@pytest.fixture(scope="session")
+def slurm():
+    """A Slurm of four nodes; whoever changes it brings it back to rest with `clear`."""
+    with real_slurm.started() as slurm:
+        yield slurm
 
 
 @pytest.fixture

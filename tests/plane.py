@@ -33,9 +33,9 @@ class Plane:
         self.gateway(address)
         return self.start("replay", frames, "--to", address, "--rate", rate)
 
-    def result(self, merger):
+    def result(self, merger, within=DEADLINE):
         """Wait for the result file, and return what is in it."""
-        out, err = merger.communicate(timeout=DEADLINE)
+        out, err = merger.communicate(timeout=within)
         assert merger.returncode == 0, err
         assert out.strip() == "result.h5"
         result = contents(self.folder / "result.h5")

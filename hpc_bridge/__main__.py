@@ -1,0 +1,53 @@
+"""The command line."""
+
+import logging
+from typing import Any
+
+import typer
+
+from hpc_bridge import commands, pilot_command
+from hpc_bridge.errors import BridgeError
+
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Say what went wrong in one line, without a traceback."""
+        try:
+            return super().invoke(ctx)
+        except BridgeError as error:
+            for line in str(error).splitlines():
+                typer.echo(f"hpc-bridge: {line}", err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def main() -> None:
+    """Compute nodes from on-demand and preemptable queues, for a beamline."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+
+
+# Every job begins with it: nothing that takes its time to import may be imported up here.
+for command in (
+    commands.up,
+    commands.status,
+    commands.watch,
+    commands.down,
+    commands.check,
+    commands.costs,
+    pilot_command.pilot,
+):
+    app.command()(command)
+
+
+if __name__ == "__main__":
+    app(prog_name="hpc-bridge")

@@ -1,0 +1,133 @@
+"""How a beamline's nodes are, as plain values for JSON and as tables for people."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hpc_bridge import budget
+from hpc_bridge.config import Beamline
+from hpc_bridge.leases import Leases
+from hpc_bridge.reconcile import View
+
+_STYLES = {"serving": "green", "draining": "yellow", "silent": "bold red", "over": "dim"}
+
+
+def report(beamline: Beamline, views: Sequence[View], leases: Leases, *, wanted: int, now: float) -> dict[str, Any]:
+    """Return how one beamline is. Times in seconds; those of the Unix epoch where they are moments."""
+    name = beamline.beamline
+    return {
+        "wanted": wanted,
+        "runs": [run.run for run in leases.runs(name, now) if run.ended is None],
+        "passed_by": [
+            {"site": pause.site, "queue": pause.queue, "until": pause.until, "why": pause.why}
+            for pause in leases.pauses(name, now)
+        ],
+        "accounts": {
+            site: {
+                "account": account.account,
+                "node_hours": account.node_hours,
+                "used_node_hours": leases.cost(name, site, account.account, since=0.0, now=now) / budget.HOUR,
+            }
+            for site, account in beamline.accounts.items()
+        },
+        "pilots": [_pilot(view, now) for view in views],
+    }
+
+
+def _pilot(view: View, now: float) -> dict[str, Any]:
+    lease, heard = view.lease, view.heard
+    status = None if heard is None else heard.heartbeat.status
+    left = view.ends - now
+    return {
+        "lease": lease.lease,
+        "site": lease.site,
+        "queue": lease.queue,
+        "job": lease.job_id,
+        "state": view.state.value,
+        "why": view.why,
+        "replaces": lease.replaces,
+        "node": lease.node or None,
+        "regions": [] if status is None else list(status.regions),
+        "frames": None if status is None else status.frames,
+        "lag_s": None if status is None else status.lag_s,
+        "message": "" if status is None else status.message,
+        "heard_s_ago": None if heard is None else now - heard.at,
+        "clock_offset_s": None if heard is None else heard.offset,
+        "ends_in_s": left if left < float("inf") else None,
+        "node_seconds": budget.used(lease, now),
+    }
+
+
+def tables(reported: Mapping[str, Any], now: float) -> RenderableType:
+    """Return what `hpc-bridge status` shows."""
+    return Group(*_tables(reported, now))
+
+
+def _tables(reported: Mapping[str, Any], now: float) -> Iterator[RenderableType]:
+    for site, told in reported["sites"].items():
+        if told["unreachable"] is not None:
+            yield Text(f"{site} cannot be reached: {told['unreachable']}", style="bold red")
+    for name, beamline in reported["beamlines"].items():
+        serving = sum(pilot["state"] == "serving" for pilot in beamline["pilots"])
+        runs = ", ".join(beamline["runs"])
+        title = f"{name}: {serving} of {beamline['wanted']} nodes serve{f', run {runs}' if runs else ''}"
+        yield _pilots(title, beamline["pilots"])
+        for pilot in beamline["pilots"]:
+            if pilot["why"]:
+                yield Text(f"{pilot['lease'][:6]} {pilot['state']}: {pilot['why']}", style="yellow")
+        for rung in beamline["passed_by"]:
+            text = f"{rung['queue']} at {rung['site']} is passed by for {_time(rung['until'] - now)}: {rung['why']}"
+            yield Text(text, style="yellow")
+        for site, account in beamline["accounts"].items():
+            of = "" if account["node_hours"] is None else f" of {account['node_hours']:g}"
+            yield Text(f"account {account['account']} at {site}: {account['used_node_hours']:.2f}{of} node hours used")
+
+
+def _pilots(title: str, pilots: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("pilot", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("queue", no_wrap=True)
+    table.add_column("node", no_wrap=True)
+    table.add_column("regions")
+    for heading in ("lag", "heard", "ends in", "node min"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("job", no_wrap=True, max_width=10)
+    sites = {pilot["site"] for pilot in pilots}
+    for pilot in pilots:
+        table.add_row(
+            pilot["lease"][:6],
+            Text(pilot["state"], style=_STYLES.get(pilot["state"], "")),
+            pilot["queue"] if len(sites) == 1 else f"{pilot['site']}: {pilot['queue']}",
+            pilot["node"] or "",
+            _ranges(pilot["regions"]),
+            _time(pilot["lag_s"]),
+            _time(pilot["heard_s_ago"]),
+            _time(pilot["ends_in_s"]),
+            f"{pilot['node_seconds'] / 60:.1f}",
+            pilot["job"] or "",
+        )
+    return table
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _ranges(regions: Sequence[int]) -> str:
+    """Write 0, 1, 2, 5 as 0-2 5."""
+    found: list[list[int]] = []
+    for region in sorted(regions):
+        if found and region == found[-1][-1] + 1:
+            found[-1][1:] = [region]
+        else:
+            found.append([region])
+    return " ".join("-".join(map(str, ends)) for ends in found)
