@@ -19,9 +19,11 @@ from stream.options import (
     Documents,
     FrameTime,
     KafkaProperties,
+    ProxyKey,
     Qmap,
     Roots,
     RunEngine,
+    SecretKey,
     measured,
     only_given,
     option_of,
@@ -146,6 +148,8 @@ def run(
     runs: Annotated[int | None, typer.Option(min=1, help="Stop after so many runs.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No live display.")] = False,
     kafka_properties: KafkaProperties = None,
+    secret_key: SecretKey = None,
+    proxy_key: ProxyKey = None,
 ) -> None:
     """Correlate frames as they come. Prints the name of every result file.
 
@@ -166,8 +170,10 @@ def run(
             },
             "qmap": qmap,
             "operators": {"multitau": {"delays_per_level": delays_per_level, "levels": levels, "error": error}},
-            "sinks": [sink for sink in (None if quiet else "console", out, publish, documents) if sink],
+            "sinks": [sink for sink in (None if quiet else "console", out, publish, *(documents or ())) if sink],
             "kafka_properties": kafka_properties and str(kafka_properties),
+            "secret_key": secret_key and str(secret_key),
+            "proxy_key": proxy_key and str(proxy_key),
             "checkpoint": {"path": checkpoint},
             "publish_every": publish_every,
             "threads": threads,
@@ -201,7 +207,7 @@ def compile_ahead() -> None:
 
 def _correlate(configuration: "Configuration", runs: int | None, console: Console) -> None:
     from stream import checkpoint as checkpoints
-    from stream.assembly import compile_kernels, operators_of, sinks_of, source_of, there, try_to_write
+    from stream.assembly import compile_kernels, operators_of, proxy_keys, sinks_of, source_of, there, try_to_write
     from stream.config import address
     from stream.operators.roimap_file import read
     from stream.pipeline import Pipeline
@@ -223,7 +229,10 @@ def _correlate(configuration: "Configuration", runs: int | None, console: Consol
             stack.enter_context(sink)
         # A detector that waits for a receiver must find one that is ready.
         compile_kernels(make, roimap, lambda text: typer.echo(text, err=True))
-        source = stack.enter_context(source_of(configuration.source, give="photons", kafka_properties=properties))
+        keys = proxy_keys(configuration)
+        source = stack.enter_context(
+            source_of(configuration.source, give="photons", kafka_properties=properties, keys=keys)
+        )
         typer.echo(f"taking frames from {configuration.source.address}", err=True)
         Pipeline(
             source,

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from stream import kernel_cache
 from stream.config import Configuration, SourceSection, address, check
+from stream.curve import ClientKeys
 from stream.errors import ConfigError
 from stream.ingest import bluesky_kafka, bluesky_zmq
 from stream.ingest.bluesky import BlueskySource
@@ -38,6 +39,7 @@ from stream.sinks.zmq import ZmqSink
 
 if TYPE_CHECKING:
     from stream.sinks.bluesky import BlueskySink
+    from stream.sinks.bluesky_tiled import TiledDocuments
 
 Make = Callable[[RunStart], list[Operator]]
 """Makes the operators of a run."""
@@ -120,7 +122,20 @@ def _every_kind(start: RunStart) -> Iterator[FrameBatch]:
     yield FrameBatch(run="", first=1 << 20, frames=events, timestamp_ns=0)
 
 
-def source_of(section: SourceSection, *, give: Give = "frames", kafka_properties: Path | None = None) -> Source:
+def proxy_keys(configuration: Configuration) -> ClientKeys | None:
+    """Read the keys for Proxies of bluesky, if there are some."""
+    if configuration.secret_key is None or configuration.proxy_key is None:
+        return None
+    return ClientKeys.read(Path(configuration.secret_key), Path(configuration.proxy_key))
+
+
+def source_of(
+    section: SourceSection,
+    *,
+    give: Give = "frames",
+    kafka_properties: Path | None = None,
+    keys: ClientKeys | None = None,
+) -> Source:
     """Open where frames come from.
 
     Parameters
@@ -129,24 +144,28 @@ def source_of(section: SourceSection, *, give: Give = "frames", kafka_properties
         "photons" is for operators only, "chunks" for `stream.regions` only.
     kafka_properties
         See `stream.kafka.read_properties`: for documents that come from there.
+    keys
+        For documents that come from a Proxy.
     """
     properties = read_properties(kafka_properties)
     if section.documents is None:
-        return _frames_of(section, give, properties)
-    documents = documents_of(section.documents, properties, wait=0.0)
-    return BlueskySource(documents, _frames_of(section, give, properties))
+        return _frames_of(section, give, properties, keys)
+    documents = documents_of(section.documents, properties, keys, wait=0.0)
+    return BlueskySource(documents, _frames_of(section, give, properties, keys))
 
 
-def documents_of(text: str, properties: Mapping[str, str], *, wait: float = bluesky_kafka.POLL) -> Documents:
+def documents_of(
+    text: str, properties: Mapping[str, str], keys: ClientKeys | None, *, wait: float = bluesky_kafka.POLL
+) -> Documents:
     """Open where Bluesky's documents come from."""
     where = address(text)
     if where.transport == "proxy":
-        return bluesky_zmq.ZmqDocuments(where.target, wait=wait)
+        return bluesky_zmq.ZmqDocuments(where.target, keys=keys, wait=wait)
     bootstrap, _, topic = where.target.rpartition("/")
     return bluesky_kafka.KafkaDocuments(bootstrap, topic, properties=properties, wait=wait)
 
 
-def _frames_of(section: SourceSection, give: Give, properties: Mapping[str, str]) -> Source:
+def _frames_of(section: SourceSection, give: Give, properties: Mapping[str, str], keys: ClientKeys | None) -> Source:
     where, options = address(section.address), section.options()
     match where.transport:
         case "dectris":
@@ -166,9 +185,11 @@ def _frames_of(section: SourceSection, give: Give, properties: Mapping[str, str]
         case "proxy" | "documents":
             directories = options.pop("roots", {})
             roots = Roots({called: Path(directory) for called, directory in directories.items()})
-            return BlueskyFiles(documents_of(section.address, properties), roots, **options, give=give)
+            return BlueskyFiles(documents_of(section.address, properties, keys), roots, **options, give=give)
         case "kafka" | "hub":
             raise ConfigError(f"{section.address}: what a gateway sends is for the workers of a beamline")
+        case "tiled":
+            raise ConfigError(f"{section.address}: documents are given to it, frames do not come from it")
 
 
 def frames_of(text: str, batch: int | None, frame_time: float | None, otherwise: float | None = None) -> Source:
@@ -200,6 +221,7 @@ def sinks_of(
     *,
     stop: threading.Event,
     memory: Path | None = None,
+    said: str | None = None,
 ) -> list[Sink]:
     """Make the sinks of a configuration, in the order in which they are to be opened and written to.
 
@@ -211,6 +233,8 @@ def sinks_of(
         Once it is set, none of them waits for long.
     memory
         Where is kept what was published of Bluesky runs, for a restart.
+    said
+        What result files say of how they were made. None: the configuration.
     """
     of_results: list[Sink] = []
     others: list[Sink] = []
@@ -229,8 +253,8 @@ def sinks_of(
         elif where.transport == "zmq":
             others.append(ZmqSink(where.target, pattern="pub"))
         elif where.transport == "hdf5":
-            file, said = Path(where.target), configuration.text()
-            of_results.append(Hdf5Sink(file, qmap=roimap.arrays(), configuration=said, on_written=written))
+            file, told = Path(where.target), configuration.text() if said is None else said
+            of_results.append(Hdf5Sink(file, qmap=roimap.arrays(), configuration=told, on_written=written))
     # The display has ended when the name of a result file is printed; documents tell of files that are there.
     return [*of_results, *others, *([documents] if documents is not None else [])]
 
@@ -239,7 +263,7 @@ def _documents_of(
     configuration: Configuration, roimap: RoiMap, stop: threading.Event, memory: Path | None
 ) -> "BlueskySink | None":
     places = [address(text) for text in configuration.sinks if text != "console"]
-    places = [where for where in places if where.transport in ("kafka", "proxy")]
+    places = [where for where in places if where.transport in ("kafka", "proxy", "tiled")]
     if not places:
         return None
     # event_model and scipy take their time.
@@ -249,23 +273,35 @@ def _documents_of(
 
     properties = read_properties(Path(configuration.kafka_properties) if configuration.kafka_properties else None)
     publishers: list[Publisher] = []
+    stores: list[Publisher] = []
     for where in places:
         if where.transport == "kafka":
             bootstrap, beamline = where.target.rsplit("/", 1)
             topic = f"{beamline}.xpcs.live.documents"
             create_topic(bootstrap, topic, 1, properties=properties)
             publishers.append(KafkaDocuments(bootstrap, topic, properties=properties, stop=stop))
+        elif where.transport == "proxy":
+            publishers.append(ZmqDocuments(where.target, keys=proxy_keys(configuration), stop=stop))
         else:
-            publishers.append(ZmqDocuments(where.target, stop=stop))
+            stores.append(_tiled_documents(where.target, stop))
     multitau = configuration.operators.multitau
     return BlueskySink(
         publishers,
+        stores=stores,
         qmap=roimap.arrays(),
         delays=lambda n_frames: delays(n_frames, multitau.delays_per_level, multitau.levels)[1],
         every=configuration.publish_every,
         analysis=multitau.model_dump(),
         memory=memory,
     )
+
+
+def _tiled_documents(uri: str, stop: threading.Event) -> "TiledDocuments":
+    try:
+        from stream.sinks.bluesky_tiled import TiledDocuments
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{uri}: {error.name} is not installed: pip install 'xpcs-stream[tiled]'") from None
+    return TiledDocuments(uri, stop=stop)
 
 
 def simulated(

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -47,6 +47,12 @@ class Live:
         Directories of which files may be read, by what the documents call them. For a detector that writes files.
     detector
         Instead of `roots`: the address of a detector that streams, as ``xpcs-stream run --source`` has it.
+    publish
+        ``zmq://HOST:PORT`` where live results are published, for `until_precise`.
+    documents
+        Where results go as documents of Bluesky runs, as ``xpcs-stream run --documents`` has it.
+    publish_every
+        Seconds between interim results.
     frame_time
         Start to start of frames (s), if neither file nor documents tell. Of files only.
     threads
@@ -67,6 +73,9 @@ class Live:
         *,
         roots: Mapping[str, str | Path] | None = None,
         detector: str | None = None,
+        publish: str | None = None,
+        documents: Sequence[str] = (),
+        publish_every: float = 1.0,
         frame_time: float | None = None,
         threads: int | None = None,
         ready_within: float = 300.0,
@@ -76,6 +85,9 @@ class Live:
             "out": str(Path(out).absolute()),
             "roots": {called: str(Path(directory).absolute()) for called, directory in (roots or {}).items()},
             "detector": detector,
+            "publish": publish,
+            "documents": [*documents],
+            "publish_every": publish_every,
             "frame_time": frame_time,
             "threads": threads,
         }

@@ -9,7 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from stream.assembly import compile_kernels, operators_of, source_of, there
+from rich.console import Console
+
+from stream.assembly import compile_kernels, operators_of, sinks_of, source_of, there
 from stream.config import SourceSection, check
 from stream.errors import XpcsStreamError
 from stream.ingest.bluesky import BlueskySource
@@ -19,7 +21,6 @@ from stream.ingest.bluesky_roots import Roots
 from stream.operators.roimap_file import read
 from stream.pipeline import Pipeline
 from stream.protocols import Source
-from stream.sinks.hdf5 import Hdf5Sink
 
 _log = logging.getLogger(__name__)
 
@@ -29,10 +30,9 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     said = os.fdopen(os.dup(1), "w")
     options = json.loads(sys.argv[1])
-    stop = threading.Event()
     with ExitStack() as stack:
         try:
-            pipeline = _pipeline(options, stack, stop)
+            pipeline = _pipeline(options, stack)
         except XpcsStreamError as error:
             print(error, file=said, flush=True)
             sys.exit(1)
@@ -44,24 +44,38 @@ def main() -> None:
             sys.exit(1)
 
 
-def _pipeline(options: dict[str, Any], stack: ExitStack, stop: threading.Event) -> Pipeline:
+def _pipeline(options: dict[str, Any], stack: ExitStack) -> Pipeline:
     roimap = read(there(Path(options["qmap"])))
-    document = {"source": {"address": options["detector"] or "documents.h5"}, "qmap": options["qmap"]}
-    if options["threads"]:
-        document["threads"] = options["threads"]
-    make = operators_of(check(document), roimap)
-    sink = Hdf5Sink(Path(options["out"]), qmap=roimap.arrays(), configuration=json.dumps(options))
+    configuration = check(
+        {
+            # Files are those that documents tell of: none is opened by its address.
+            "source": {"address": options["detector"] or "documents.h5"},
+            "qmap": options["qmap"],
+            "sinks": [sink for sink in (options["out"], options["publish"], *options["documents"]) if sink],
+            "publish_every": f"{options['publish_every']} s",
+            "threads": options["threads"],
+        }
+    )
+    make = operators_of(configuration, roimap)
+    never = threading.Event()
+    sinks = sinks_of(configuration, roimap, Console(), _written, stop=never, said=json.dumps(options))
+    for sink in sinks:
+        stack.enter_context(sink)
     compile_kernels(make, roimap, lambda text: _log.warning("%s", text))
-    source: Source
+    source = stack.enter_context(_source(options))
+    return Pipeline(source, make, sinks, publish_every=configuration.publish_every)
+
+
+def _source(options: dict[str, Any]) -> Source:
     if options["detector"]:
         detector = source_of(SourceSection(address=options["detector"]), give="photons")
-        source = BlueskySource(PipedDocuments(0, wait=0.0, at_end=stop.set), detector)
-    else:
-        roots = Roots({called: Path(directory) for called, directory in options["roots"].items()})
-        source = BlueskyFiles(PipedDocuments(0), roots, frame_time=options["frame_time"], give="photons")
-    stack.enter_context(sink)
-    stack.enter_context(source)
-    return Pipeline(source, make, [sink], stop=stop)
+        return BlueskySource(PipedDocuments(0, wait=0.0), detector)
+    roots = Roots({called: Path(directory) for called, directory in options["roots"].items()})
+    return BlueskyFiles(PipedDocuments(0), roots, frame_time=options["frame_time"], give="photons")
+
+
+def _written(path: Path) -> None:
+    _log.info("%s is written", path)
 
 
 if __name__ == "__main__":

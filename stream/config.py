@@ -26,12 +26,14 @@ from pydantic_core import ErrorDetails
 from stream.errors import ConfigError
 from stream.units import quantity
 
-Transport = Literal["dectris", "zmq", "hub", "proxy", "kafka", "documents", "hdf5", "recording", "rigaku"]
+Transport = Literal["dectris", "zmq", "hub", "proxy", "kafka", "documents", "tiled", "hdf5", "recording", "rigaku"]
 
 _SCHEMES: dict[str, Transport] = {
     "zmq+dectris://": "dectris",
     "zmq+bluesky://": "proxy",
     "kafka+bluesky://": "documents",
+    "tiled+http://": "tiled",
+    "tiled+https://": "tiled",
     "zmq://": "zmq",
     "kafka://": "kafka",
 }
@@ -49,7 +51,7 @@ MAX_PORT = 65535
 _BEAMLINE = r"[A-Za-z0-9._-]{1,200}"
 _ADDRESSES = (
     "zmq+dectris://HOST:PORT, zmq://HOST:PORT, zmq://HOST:PORT/BEAMLINE, kafka://HOST:PORT/BEAMLINE, "
-    "kafka+bluesky://HOST:PORT/TOPIC, zmq+bluesky://HOST:PORT, "
+    "kafka+bluesky://HOST:PORT/TOPIC, zmq+bluesky://HOST:PORT, tiled+http://HOST:PORT, "
     f"or a file ({' '.join(_SUFFIXES)})"
 )
 
@@ -60,7 +62,8 @@ class Address:
 
     transport: Transport
     target: str
-    """``tcp://host:port``, ``tcp://host:port/beamline`` of a hub, ``host:port/beamline`` of Kafka, or a path."""
+    """``tcp://host:port``, ``tcp://host:port/beamline`` of a hub, ``host:port/beamline`` of Kafka, the URI of a Tiled
+    server, or a path."""
 
 
 def address(text: str) -> Address:
@@ -77,6 +80,8 @@ def address(text: str) -> Address:
             raise ConfigError(f'"{text}": unknown scheme {scheme[0]}; an address is {_ADDRESSES}')
         if scheme[0] in ("kafka://", "kafka+bluesky://"):
             return Address(_SCHEMES[scheme[0]], _kafka(text))
+        if _SCHEMES[scheme[0]] == "tiled":
+            return Address("tiled", _tiled(text))
         parts = urlsplit(text)
         port = parts.netloc.rpartition(":")[2]
         if port.isdecimal() and not 1 <= int(port) <= MAX_PORT:
@@ -100,6 +105,18 @@ def _kafka(text: str) -> str:
     if found is None:
         raise ConfigError(f'"{text}" must name a broker and a beamline, e.g. "kafka://127.0.0.1:9092/8idi"')
     return f"{found[1]}/{found[2]}"
+
+
+def _tiled(text: str) -> str:
+    uri = text.removeprefix("tiled+")
+    parts = urlsplit(uri)
+    if not parts.hostname or parts.query or parts.fragment or "@" in parts.netloc:
+        # Not shown: there may be a key in it.
+        raise ConfigError(
+            'the address of a Tiled server is as "tiled+http://127.0.0.1:8000", perhaps with a path; its key does not '
+            "belong there, where others read it, but into TILED_API_KEY"
+        )
+    return uri
 
 
 def _address_of(*transports: Transport) -> Callable[[str], str]:
@@ -217,7 +234,7 @@ class CheckpointSection(_Section):
 def _sink(text: str) -> str:
     if text == "console":
         return text
-    text = _address_of("zmq", "kafka", "proxy", "hdf5")(text)
+    text = _address_of("zmq", "kafka", "proxy", "tiled", "hdf5")(text)
     if unknown := set(re.findall(r"\{[^{}]*\}", text)) - {"{run}"}:
         raise ValueError(f'"{text}": {", ".join(sorted(unknown))} stands for nothing; only {{run}} does')
     return text
@@ -240,13 +257,29 @@ class Configuration(_Section):
         "console",
     )
     """A result file (``{run}`` in its name stands for the run), ``zmq://HOST:PORT`` to publish, ``console``; as
-    documents of a Bluesky run ``kafka://HOST:PORT/BEAMLINE``, or ``zmq+bluesky://HOST:PORT`` of a Proxy."""
+    documents of a Bluesky run ``kafka://HOST:PORT/BEAMLINE``, ``zmq+bluesky://HOST:PORT`` of a Proxy, or
+    ``tiled+http://HOST:PORT`` of a Tiled server."""
     kafka_properties: File | None = None
     """Settings of librdkafka, see `stream.kafka.read_properties`."""
+    secret_key: File | None = None
+    """Our own key, see `xpcs-stream keys`, for Proxies of bluesky that let in only whom they know."""
+    proxy_key: Annotated[File | None, Field(validate_default=True)] = None
+    """The public key of these."""
     checkpoint: CheckpointSection | None = None
     publish_every: Seconds = 1.0
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Threads that correlate. None: one per core."""
+
+    @field_validator("proxy_key")
+    @classmethod
+    def _is_of_somebody(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if (value is None) != (info.data.get("secret_key") is None):
+            raise ValueError("secret_key and proxy_key go together")
+        source: SourceSection | None = info.data.get("source")
+        places = [*info.data.get("sinks", ()), *([source.address, source.documents or ""] if source else [])]
+        if value is not None and not any(place.startswith("zmq+bluesky://") for place in places):
+            raise ValueError("there is no zmq+bluesky:// whose key it is")
+        return value
 
     def text(self) -> str:
         """Return the file that says this, defaults included; `load` of it gives the same again."""

@@ -22,6 +22,9 @@ _log = logging.getLogger(__name__)
 _LENGTH = 40
 """Of a key in Z85 (https://rfc.zeromq.org/spec/32)."""
 
+BROKEN = 20
+"""Connections, ten in a second, that break one after another while they begin: our key of the other side is wrong."""
+
 
 def make(directory: Path, name: str) -> tuple[Path, Path]:
     """Make a pair of keys; return the files of the public one and of the secret one.
@@ -69,7 +72,7 @@ def _load_secret(path: Path) -> tuple[bytes, bytes]:
 
 @dataclass(frozen=True, slots=True)
 class ClientKeys:
-    """Of one who goes to a gateway."""
+    """Of one who goes to a gateway, or to a Proxy of bluesky."""
 
     public: bytes
     secret: bytes = field(repr=False)
@@ -89,6 +92,48 @@ class ClientKeys:
     def use(self, socket: "zmq.Socket[bytes]") -> None:
         """Encrypt what goes through a socket that will connect."""
         socket.curve_publickey, socket.curve_secretkey, socket.curve_serverkey = self.public, self.secret, self.gateway
+
+
+class Handshakes:
+    """What a socket's monitor tells of its connections: why there will be none, where ZeroMQ says nothing.
+
+    Parameters
+    ----------
+    keys
+        With which we go there.
+
+    Attributes
+    ----------
+    refusal
+        What is wrong with the other side; empty if nothing is, or it is not known yet.
+    """
+
+    EVENTS = (
+        zmq.EVENT_HANDSHAKE_SUCCEEDED
+        | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    )
+
+    def __init__(self, keys: ClientKeys | None) -> None:
+        self.refusal = ""
+        self._keys = keys
+        self._n_broken = 0
+        """Connections since the last that was made."""
+
+    def take(self, event: int) -> None:
+        """Take an event."""
+        match event:
+            case zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._n_broken = 0
+            case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                self.refusal = "does not know our key"
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                self.refusal = "needs keys, and we have none" if self._keys is None else "has no keys, and we have"
+            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                self._n_broken += 1
+        if self._keys is not None and self._n_broken >= BROKEN:
+            self.refusal = "has another key than we were given for it, or is not there"
 
 
 @dataclass(frozen=True, slots=True)

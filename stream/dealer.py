@@ -9,7 +9,7 @@ from typing import Self
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from stream.curve import ClientKeys
+from stream.curve import ClientKeys, Handshakes
 from stream.errors import DecodeError, XpcsStreamError
 from stream.hub_wire import MAX_BYTES, Refused, Said, pack, unpack
 from stream.wire import Buffer
@@ -18,16 +18,6 @@ _log = logging.getLogger(__name__)
 
 LINGER = 2.0
 """Seconds that closing waits for what was said last to leave."""
-
-BROKEN = 20
-"""Connections, ten in a second, that break one after another while they begin: our key of the gateway is wrong."""
-
-_HANDSHAKES = (
-    zmq.EVENT_HANDSHAKE_SUCCEEDED
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +60,7 @@ class Dealer:
         self._error = error
         self.connections = 0
         self._refusal = ""
-        self._n_broken = 0
-        """Since the last of them."""
+        self._handshakes = Handshakes(hub.keys)
         self._context = zmq.Context()
         socket = self._socket = self._context.socket(zmq.DEALER)
         socket.rcvhwm = socket.sndhwm = 0  # bounded by the windows that are told, and by who writes
@@ -84,7 +73,7 @@ class Dealer:
             20_000  # ms; only whole parts count as a sign of life, and slow links take long for them
         )
         socket.immediate = True  # what is said while there is no connection is said again anyway
-        self._monitor = socket.get_monitor_socket(_HANDSHAKES)
+        self._monitor = socket.get_monitor_socket(Handshakes.EVENTS)
         try:
             if hub.keys is not None:
                 hub.keys.use(socket)
@@ -148,17 +137,8 @@ class Dealer:
     def _check(self) -> None:
         """Count connections; raise `error` if there can be none, where ZeroMQ would go on trying."""
         while self._monitor.poll(0):
-            event = recv_monitor_message(self._monitor)
-            match event["event"]:
-                case zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                    self.connections += 1
-                    self._n_broken = 0
-                case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                    raise self._error(f"{self._hub}: the gateway does not know our key")
-                case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-                    which = "needs keys, and we have none" if self._hub.keys is None else "has no keys, and we have"
-                    raise self._error(f"{self._hub}: the gateway {which}")
-                case _:
-                    self._n_broken += 1
-        if self._hub.keys is not None and self._n_broken >= BROKEN:
-            raise self._error(f"{self._hub}: the gateway has another key than we were given for it, or is not there")
+            event = recv_monitor_message(self._monitor)["event"]
+            self.connections += event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            self._handshakes.take(event)
+        if self._handshakes.refusal:
+            raise self._error(f"{self._hub}: the gateway {self._handshakes.refusal}")

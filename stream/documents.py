@@ -29,6 +29,11 @@ MAX_DEPTH = 32
 
 NAMES = frozenset(name.value for name in DocumentNames)
 
+_STRINGS = {str}
+# What stays as it is, and needs no call to find that out.
+_WRITTEN = {type(None), bool, float, str, bytes}
+_READ = {*_WRITTEN, int}
+
 _DTYPE = re.compile(r"[<>=|]?(b1|[iuf][0-9]{1,2}|c[0-9]{1,2}|[SU][0-9]{1,8})")
 
 
@@ -132,11 +137,9 @@ def _written(value: Any, path: str, depth: int) -> Any:
     if depth > MAX_DEPTH:
         raise ValueError(f"{_short(path)} is nested deeper than {MAX_DEPTH}")
     match value:
-        case None | bool() | str() | bytes():
-            return value
         case np.ndarray() | np.generic():
             return _written_array(value, path)
-        case float():
+        case None | bool() | str() | bytes() | float():
             return value
         case int() if -(2**63) <= value < 2**64:
             return value
@@ -144,12 +147,20 @@ def _written(value: Any, path: str, depth: int) -> Any:
             return {b"complex": True, b"data": repr(value)}
         case Mapping() | list() | tuple() if len(value) > MAX_LENGTH:
             raise ValueError(f"{_short(path)} has {len(value)} entries, more than {MAX_LENGTH}; write an array")
+        case dict() if _STRINGS.issuperset(map(type, value)):
+            return {
+                key: item if type(item) in _WRITTEN else _written(item, f"{path}.{key}", depth + 1)
+                for key, item in value.items()
+            }
         case Mapping():
             if wrong := [key for key in value if not isinstance(key, str)]:
                 raise ValueError(f"{_short(path)} has the key {shown(wrong[0])}, not a string")
             return {key: _written(item, f"{path}.{key}", depth + 1) for key, item in value.items()}
         case list() | tuple():
-            return [_written(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value)]
+            return [
+                item if type(item) in _WRITTEN else _written(item, f"{path}[{i}]", depth + 1)
+                for i, item in enumerate(value)
+            ]
         case _:
             raise ValueError(f"{_short(path)} = {shown(value)} is not a number of 64 bits, string, list, map or array")
 
@@ -169,6 +180,15 @@ def _read(value: Any, path: str, depth: int) -> Any:
     if depth > MAX_DEPTH:
         raise DecodeError(f"{_short(path)} is nested deeper than {MAX_DEPTH}")
     match value:
+        case dict() if _STRINGS.issuperset(map(type, value)):
+            return {
+                key: item if type(item) in _READ else _read(item, f"{path}.{key}", depth + 1)
+                for key, item in value.items()
+            }
+        case list():
+            return [
+                item if type(item) in _READ else _read(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value)
+            ]
         case None | bool() | int() | float() | str() | bytes():
             return value
         case {b"nd": is_array, b"type": dtype, b"data": data}:
@@ -179,11 +199,8 @@ def _read(value: Any, path: str, depth: int) -> Any:
             except ValueError:
                 raise DecodeError(f"{_short(path)} = {shown(text)} is not a complex number") from None
         case dict():
-            if wrong := [key for key in value if not isinstance(key, str)]:
-                raise DecodeError(f"{_short(path)} has the key {shown(wrong[0])}, not a string")
-            return {key: _read(item, f"{path}.{key}", depth + 1) for key, item in value.items()}
-        case list():
-            return [_read(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value)]
+            wrong = next(key for key in value if not isinstance(key, str))
+            raise DecodeError(f"{_short(path)} has the key {shown(wrong)}, not a string")
         case _:
             raise DecodeError(f"{_short(path)} = {shown(value)} is not a number, string, list, map or array")
 

@@ -38,6 +38,24 @@ _PATIENT: Mapping[str, Any] = {
 
 _FORBIDDEN = (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED)
 
+_GONE = (
+    *_FORBIDDEN,
+    KafkaError.UNKNOWN_TOPIC_OR_PART,
+    KafkaError.UNKNOWN_TOPIC_ID,
+    KafkaError._UNKNOWN_TOPIC,
+    KafkaError._UNKNOWN_PARTITION,
+    KafkaError._FATAL,
+)
+
+_DAMAGED = (
+    KafkaError._BAD_MSG,
+    KafkaError._BAD_COMPRESSION,
+    KafkaError._NOT_IMPLEMENTED,  # a compression that this librdkafka was built without
+    KafkaError.INVALID_MSG,
+    KafkaError.MSG_SIZE_TOO_LARGE,
+)
+"""What is about a record. All else is about the cluster; librdkafka does not say which of that passes: most does."""
+
 
 class Cluster:
     """A Kafka cluster, and who we are there.
@@ -137,6 +155,26 @@ class Cluster:
         if self._is_away:
             _log.warning("%s is back", self)
         self._has_answered, self._is_away, self.complaint = True, False, ""
+
+    def passes(self, error: KafkaError, where: str) -> bool:
+        """Tell whether records will follow that came as an error; else this one is damaged.
+
+        Raises
+        ------
+        XpcsStreamError
+            `error` of the constructor: no more will come from `where`.
+        """
+        words = self.words(error)
+        if error.code() in _GONE or error.fatal():
+            raise self._error(f"{where}: {words}")
+        if error.code() in _DAMAGED:
+            return False
+        if error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
+            return True  # only those who watch how far we are miss something
+        if words != self.complaint:
+            _log.warning("%s: %s; waiting", where, words)
+        self._is_away, self.complaint = True, words
+        return True
 
     def check(self) -> None:
         """Raise `error` if the cluster did not let us in."""

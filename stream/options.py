@@ -53,6 +53,18 @@ KafkaProperties = Annotated[
         help="Settings of librdkafka, name=value a line. Secrets stand elsewhere: sasl.password=file:PATH or env:NAME.",
     ),
 ]
+SecretKey = Annotated[
+    Path | None,
+    typer.Option("--secret-key", metavar="FILE", help="zmq: encrypt with this key, see `xpcs-stream keys`."),
+]
+ProxyKey = Annotated[
+    Path | None,
+    typer.Option(
+        "--proxy-key",
+        metavar="FILE",
+        help="zmq+bluesky: the public key of the Proxy, of every one that is named; goes with --secret-key.",
+    ),
+]
 RunEngine = Annotated[
     str | None,
     typer.Option(
@@ -72,9 +84,10 @@ Roots = Annotated[
     ),
 ]
 Documents = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
-        help="Publish results as a Bluesky run: kafka://HOST:PORT/BEAMLINE, or zmq+bluesky://HOST:PORT of a Proxy.",
+        help="Publish results as a Bluesky run: kafka://HOST:PORT/BEAMLINE, zmq+bluesky://HOST:PORT of a Proxy, or "
+        "tiled+http://HOST:PORT of a Tiled server (its key in TILED_API_KEY); may be given several times.",
         metavar="ADDRESS",
     ),
 ]
@@ -114,13 +127,19 @@ def option_of(place: "Place", document: Mapping[str, Any]) -> str:
 
 @contextmanager
 def stopped_by_signals() -> Iterator[threading.Event]:
-    """Yield an Event that SIGINT and SIGTERM set; a second signal ends the process at once."""
+    """Yield an Event that SIGINT and SIGTERM set; a second SIGINT ends the process at once.
+
+    A second SIGTERM does nothing, to the end: schedulers send it to all processes of a job, and again.
+    """
     stop = threading.Event()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_signal(number: int, _: FrameType | None) -> None:
         stop.set()
-        signal.signal(number, before[signal.Signals(number)])
+        if number == signal.SIGINT:
+            signal.signal(number, before[signal.SIGINT])
+        else:
+            before[signal.SIGTERM] = signal.SIG_IGN
 
     for number in before:
         signal.signal(number, on_signal)

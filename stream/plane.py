@@ -7,8 +7,8 @@ What is between them differs (`stream.kafka_plane`, `stream.zmq_plane`); what th
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -85,6 +85,10 @@ class Plane(Protocol):
         """Return all partial sums."""
 
 
+Watch = Callable[[int, Frames], AbstractContextManager[Frames]]
+"""Is given the frames of a region, open; returns those that are to be taken in their place."""
+
+
 def send(source: Source, sinks: Sequence[Sink], regions: Regions, stop: threading.Event) -> Ledger:
     """Send what comes to the regions until the source ends or `stop` is set; return the ledger of the last run.
 
@@ -140,6 +144,7 @@ def work(
     publish_every: float,
     checkpoint_every: float,
     stop: threading.Event,
+    watch: Watch = lambda _, frames: nullcontext(frames),
 ) -> None:
     """Correlate the regions that are ours until `stop` is set; their checkpoints lie where all workers reach them.
 
@@ -150,7 +155,7 @@ def work(
     """
 
     def serve(region: int, stop: threading.Event) -> None:
-        with plane.frames(region) as source, plane.partials(stop) as sink:
+        with plane.frames(region) as frames, watch(region, frames) as source, plane.partials(stop) as sink:
             epochs = checkpoint.Epochs(checkpoints / f"{plane.beamline}.{region:04d}")
             Pipeline(
                 source,

@@ -1,5 +1,6 @@
 """The commands of the streaming plane. What they name is made by `stream.plane`."""
 
+import gc
 import os
 import re
 from contextlib import ExitStack
@@ -12,9 +13,11 @@ from stream.options import (
     Documents,
     FrameTime,
     KafkaProperties,
+    ProxyKey,
     Qmap,
     Roots,
     RunEngine,
+    SecretKey,
     measured,
     only_given,
     option_of,
@@ -31,10 +34,6 @@ if TYPE_CHECKING:
 _PLANE = "kafka://HOST:PORT/BEAMLINE or zmq://HOST:PORT/BEAMLINE"
 
 Source = Annotated[str, typer.Option(help=f"{_PLANE}: that of the gateway.", metavar="ADDRESS")]
-SecretKey = Annotated[
-    Path | None,
-    typer.Option("--secret-key", metavar="FILE", help="zmq: encrypt with this key, see `xpcs-stream keys`."),
-]
 GatewayKey = Annotated[
     Path | None, typer.Option("--gateway-key", metavar="FILE", help="zmq: the public key of the gateway.")
 ]
@@ -88,6 +87,7 @@ def gateway(
     allowed: Annotated[
         Path | None, typer.Option(metavar="DIR", help="zmq: public keys of the workers and mergers that may come.")
     ] = None,
+    proxy_key: ProxyKey = None,
 ) -> None:
     """Send a detector's frames to the workers, cut into regions.
 
@@ -98,7 +98,7 @@ def gateway(
     xpcs-stream gateway --source zmq+dectris://127.0.0.1:31001 --to zmq://127.0.0.1:5555/8idi --regions 4
     """
     from stream import plane
-    from stream.assembly import source_of
+    from stream.assembly import proxy_keys, source_of
     from stream.config import address, check
     from stream.regions import Regions
 
@@ -109,20 +109,26 @@ def gateway(
         "documents": run_engine,
         "roots": roots_of(root),
     }
-    document = only_given({"source": given, "qmap": "any"})  # which is not asked for
-    section = check(document, lambda place: f"{option_of(place, document)}: ").source
-    if (secret_key or allowed) and all(address(text).transport == "kafka" for text in to):
+    document = only_given(
+        {"source": given, "qmap": "any", **_for_proxies(secret_key, proxy_key)}
+    )  # no map is asked for
+    configuration = check(document, lambda place: f"{option_of(place, document)}: ")
+    keys_of_plane = (secret_key if allowed or not proxy_key else None, allowed)
+    if any(keys_of_plane) and all(address(text).transport == "kafka" for text in to):
         raise typer.BadParameter("--secret-key and --allowed are for zmq; for Kafka see --kafka-properties")
     is_file = address(source).transport in ("hdf5", "recording", "rigaku", "documents")
     with stopped_by_signals() as stop, ExitStack() as stack:
         sinks = []
         for text in to:
             is_kafka = address(text).transport == "kafka"
-            properties, keys = (kafka_properties, (None, None)) if is_kafka else (None, (secret_key, allowed))
+            properties, keys = (kafka_properties, (None, None)) if is_kafka else (None, keys_of_plane)
             there = _plane(text, properties, *keys, binds=True)
             ring_bytes = round(1e9 * (keep if keep is not None else 10.0 if is_kafka else 0.5))
             sinks.append(stack.enter_context(there.gateway(regions, ring_bytes=ring_bytes, waits=is_file, stop=stop)))
-        frames = stack.enter_context(source_of(section, give="chunks", kafka_properties=kafka_properties))
+        of_proxy = proxy_keys(configuration)
+        frames = stack.enter_context(
+            source_of(configuration.source, give="chunks", kafka_properties=kafka_properties, keys=of_proxy)
+        )
         typer.echo(f"taking frames from {source}", err=True)
         ledger = plane.send(frames, sinks, Regions(regions), stop)
         typer.echo(
@@ -149,6 +155,16 @@ def worker(
     name: Annotated[
         str | None, typer.Option(help="Keeps its regions for one that is started again under this name soon.")
     ] = None,
+    status: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Tell here how this worker is, as JSON: every second, and at once when its regions change. ready: its "
+            "kernels are compiled and it takes part; regions: those that it has; frames: that it has correlated; "
+            "lag_s: how long ago the frames ended at which it is, 0 when there are none left, null where that is not "
+            "known; message: what it waits for.",
+        ),
+    ] = None,
     kafka_properties: KafkaProperties = None,
     secret_key: SecretKey = None,
     gateway_key: GatewayKey = None,
@@ -161,17 +177,24 @@ def worker(
     """
     from stream import plane
     from stream.assembly import compile_kernels
+    from stream.status import Status
 
     there = _plane(source, kafka_properties, secret_key, gateway_key, binds=False)
     if name is not None and re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name) is None:
         raise typer.BadParameter(f'--name "{name}" is not of letters, digits, ".", "_" and "-"')
     make, roimap = _operators(qmap, delays_per_level, levels, threads)
-    compile_kernels(make, roimap, lambda text: typer.echo(text, err=True))
-    with stopped_by_signals() as stop:
+    with ExitStack() as stack:
+        told = stack.enter_context(Status(status))
+        told.say("compiling kernels")
+        compile_kernels(make, roimap, lambda text: typer.echo(text, err=True))
+        gc.freeze()  # looking through all that numba made takes a second when a process ends
+        told.say("waiting for a gateway")
+        stop = stack.enter_context(stopped_by_signals())
         there.wait(stop)
         if stop.is_set():
             return
         typer.echo(f"taking regions of {source}", err=True)
+        told.say("", ready=True)
         plane.work(
             there,
             make,
@@ -180,6 +203,7 @@ def worker(
             publish_every=publish_every,
             checkpoint_every=checkpoint_every,
             stop=stop,
+            watch=told.watch,
         )
 
 
@@ -209,6 +233,7 @@ def merge(
     kafka_properties: KafkaProperties = None,
     secret_key: SecretKey = None,
     gateway_key: GatewayKey = None,
+    proxy_key: ProxyKey = None,
 ) -> None:
     """Add up what the workers know of their regions. Prints the name of every result file.
 
@@ -216,12 +241,15 @@ def merge(
     """
     from stream import plane
     from stream.assembly import sinks_of
-    from stream.config import check
+    from stream.config import address, check
 
-    there = _plane(source, kafka_properties, secret_key, gateway_key, binds=False)
+    # What is only for documents is not for the plane.
+    to_kafka = any(text.startswith("kafka://") for text in documents or ())
+    properties = kafka_properties if address(source).transport == "kafka" or not to_kafka else None
+    there = _plane(source, properties, secret_key if gateway_key or not proxy_key else None, gateway_key, binds=False)
     make, roimap = _operators(qmap, delays_per_level, levels, None)
     multitau = {"delays_per_level": delays_per_level, "levels": levels}
-    sinks = [sink for sink in (None if quiet else "console", out, publish, documents) if sink]
+    sinks = [sink for sink in (None if quiet else "console", out, publish, *(documents or ())) if sink]
     configuration = check(
         {
             "source": {"address": source},
@@ -229,6 +257,7 @@ def merge(
             "operators": {"multitau": multitau},
             "sinks": sinks or ["console"],
             "kafka_properties": kafka_properties and str(kafka_properties),
+            **_for_proxies(secret_key, proxy_key),
             "publish_every": f"{publish_every!r} s",
         }
     )
@@ -251,6 +280,14 @@ def merge(
             runs=runs,
             stop=stop,
         )
+
+
+def _for_proxies(secret_key: Path | None, proxy_key: Path | None) -> dict[str, str | None]:
+    """Return what of the keys is for Proxies of bluesky: the secret one may be for a plane only."""
+    return {
+        "secret_key": str(secret_key) if secret_key and proxy_key else None,
+        "proxy_key": str(proxy_key) if proxy_key else None,
+    }
 
 
 def _operators(qmap: Path, delays_per_level: int, levels: int, threads: int | None) -> "tuple[Make, RoiMap]":

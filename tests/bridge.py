@@ -113,9 +113,9 @@ def worker(address, qmap, folder):
     )  # fmt: skip
 
 
-def stand_in(regions=(0, 1)):
+def stand_in(lag=0.1):
     """A command that only says that it serves."""
-    status = json.dumps({"ready": True, "regions": list(regions), "frames": 1, "lag_s": 0.1})
+    status = json.dumps({"ready": True, "regions": [0, 1], "frames": 1, "lag_s": lag})
     code = f"import pathlib, signal; pathlib.Path(__import__('sys').argv[1]).write_text('{status}'); signal.pause()"
     return (sys.executable, "-c", code, "{status}")
 

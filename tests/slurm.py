@@ -7,7 +7,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -51,7 +51,7 @@ SlurmctldParameters=preempt_send_user_signal
 SlurmctldTimeout=30
 SlurmdTimeout=10
 KillWait=2
-MinJobAge={min_job_age}
+MinJobAge=300
 JobRequeue=1
 RequeueExit=85
 SchedulerType=sched/backfill
@@ -118,13 +118,12 @@ class Slurm:
         Names, of two cores each.
     """
 
-    def __init__(self, directory, n_nodes=4, min_job_age=300):
+    def __init__(self, directory, n_nodes=4):
         self.directory = Path(directory)
         self.work = self.directory / "work"
         self.nodes = tuple(f"node{i}" for i in range(1, n_nodes + 1))
         self.through = ("env", f"SLURM_CONF={self.directory}/slurm.conf")
         self.environment = os.environ | {"SLURM_CONF": f"{self.directory}/slurm.conf"}
-        self._min_job_age = min_job_age
         self._processes = {}
 
     def start(self):
@@ -133,7 +132,7 @@ class Slurm:
         controller, accounting, database, *ports = free_ports(3 + len(self.nodes))
         where = {"directory": self.directory, "host": host, "controller": controller, "accounting": accounting}
         nodes = [NODE.format(name=name, host=host, port=port) for name, port in zip(self.nodes, ports, strict=True)]
-        self._write("slurm.conf", CONFIGURATION.format(**where, min_job_age=self._min_job_age) + "".join(nodes))
+        self._write("slurm.conf", CONFIGURATION.format(**where) + "".join(nodes))
         self._write("slurmdbd.conf", ACCOUNTING.format(**where, database=database), mode=0o600)
         self._write("cgroup.conf", "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
         self.work.mkdir()
@@ -150,12 +149,14 @@ class Slurm:
         self.until_idle()
 
     def stop(self):
-        """End all processes, also those of jobs, on a node after the other."""
-        self.stop_controller()
-        for node in self.nodes:
-            self.lose_node(node)
-        for name in ("slurmdbd", "mariadbd", "munged"):
-            self._stop(name)
+        """End all processes, also those of jobs, and remove the folder."""
+        with ExitStack() as last_first:  # whatever one of them raises
+            last_first.callback(shutil.rmtree, self.directory)
+            for name in ("munged", "mariadbd", "slurmdbd"):
+                last_first.callback(self._stop, name)
+            for node in self.nodes:
+                last_first.callback(self.lose_node, node)
+            last_first.callback(self.stop_controller)
 
     def start_controller(self):
         self._start("slurmctld", "slurmctld", "-D")
@@ -309,7 +310,6 @@ def started(**options):
         yield slurm
     finally:
         slurm.stop()
-        shutil.rmtree(slurm.directory)
 
 
 def _on_free_ports(options, tries=3):
@@ -320,7 +320,6 @@ def _on_free_ports(options, tries=3):
         slurm.start()
     except BaseException as error:
         slurm.stop()
-        shutil.rmtree(directory)
         if tries == 1 or "Address already in use" not in str(error):
             raise
         return _on_free_ports(options, tries - 1)

@@ -2,12 +2,16 @@
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bench import __main__ as command
-from bench import limits, measure, multitau
+from bench import bluesky, limits, measure, multitau
 from bench.data import photons, poisson, rings
 from bench.measure import asked_for, compare, in_turn, pairs, rate
 from bench.peers import Peers, numpy_multitau
@@ -16,6 +20,7 @@ from stream.operators.multitau import MultiTau
 from tests.conftest import make_roimap, make_start, push
 
 SMALL = (64, 128)
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -124,6 +129,28 @@ def test_every_kind_of_frames_is_measured(one_run):
     ]
     assert all(math.isfinite(figure.value) and figure.value > 0 for figure in figures)
     assert len({(figure.figure, figure.against, figure.unit) for figure in figures}) == len(figures)
+
+
+def test_documents_in_and_out_and_their_delay_are_measured(broker, tmp_path):
+    figures = [
+        bluesky.rate_in(broker.bootstrap, tmp_path, 20, rounds=1),
+        bluesky.rate_out(broker.bootstrap, 20, rounds=1),
+        *bluesky.delay(broker.bootstrap, tmp_path, 2, 0.1, rounds=1),
+    ]
+    assert all(math.isfinite(figure.value) and figure.value > 0 and figure.theirs > 0 for figure in figures)
+
+
+def test_a_peer_that_a_benchmark_is_all_about_is_named_where_it_is_not_installed(tmp_path):
+    (tmp_path / "bluesky_kafka.py").write_text("raise ModuleNotFoundError('no bluesky_kafka here')")
+    said = subprocess.run(
+        [sys.executable, "-m", "bench", "bluesky"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 1
+    assert said.stderr == ("bench bluesky needs bluesky-kafka, which is in the extra test: no bluesky_kafka here\n")
 
 
 def test_a_missed_target_is_drawn_told_and_fails_the_check(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """A run engine is given result files by a process beside it, which never holds it up."""
 
+import asyncio
 import os
 import re
 import signal
@@ -12,12 +13,17 @@ import numpy as np
 import pytest
 from bluesky import RunEngine
 from bluesky import plan_stubs as bps
-from ophyd_async.core import StaticPathProvider, UUIDFilenameProvider, init_devices
+from bluesky import plans as bp
+from bluesky.preprocessors import set_run_key_wrapper
+from ophyd_async.core import AsyncStatus, StandardReadable, StaticPathProvider, UUIDFilenameProvider, init_devices
 from ophyd_async.sim import SimBlobDetector
 
 from stream import bluesky
 from stream.bluesky import Live
 from stream.errors import ConfigError
+from stream.messages import FrameBatch, RunStop
+from stream.sinks.dectris import DectrisSink
+from tests.conftest import make_start
 from tests.test_bluesky_runs import documents
 
 pytestmark = pytest.mark.timeout(180)
@@ -121,11 +127,96 @@ def test_a_document_that_nobody_can_send_is_said_and_passed_over(qmap, frames, t
     assert (tmp_path / "a.result.h5").exists()
 
 
+class Eiger(StandardReadable):
+    """Sends the frames of a run when it is triggered, and says that all went well."""
+
+    def __init__(self, stream, name=""):
+        self.stream = stream
+        super().__init__(name=name)
+
+    @AsyncStatus.wrap
+    async def trigger(self):
+        start = make_start(shape=(40, 50), metadata={"n_frames": 200})
+        counts = np.random.default_rng(1).poisson(3.0, (200, 40, 50)).astype("<u2")
+        sent = [
+            start,
+            *(FrameBatch(run=start.run, first=i, frames=counts[i : i + 10], timestamp_ns=0) for i in range(0, 200, 10)),
+            RunStop(run=start.run, n_frames=200, exit_status="success"),
+        ]
+        for message in sent:
+            await asyncio.to_thread(self.stream.write, message)
+
+
+@pytest.fixture
+def engine():
+    engine = RunEngine({}, context_managers=[])
+    yield engine
+    engine.loop.call_soon_threadsafe(engine.loop.stop)
+    engine._th.join(DEADLINE)
+    engine.loop.close()
+
+
+@pytest.fixture
+def eiger(engine):
+    with DectrisSink("tcp://127.0.0.1:*", timeout=DEADLINE) as stream:
+        with init_devices():
+            eiger = Eiger(stream, name="eiger")
+        yield eiger
+
+
+@pytest.fixture
+def beside(qmap, tmp_path, eiger, engine):
+    """A callback that receives what the detector streams."""
+    address = eiger.stream.address.replace("tcp", "zmq+dectris")
+    with Live(qmap, tmp_path / "{run}.nxs", detector=address, threads=1) as callback:
+        engine.subscribe(callback)
+        yield callback
+
+
+def test_frames_that_a_detector_streams_are_those_of_the_run_that_armed_it(engine, eiger, beside, tmp_path):
+    uids = [*engine(bp.count([eiger], md={"sample": "silica"})), *engine(bp.count([eiger], md={"sample": "gold"}))]
+    # Whatever is under way is waited for.
+    beside.close()
+    for uid, sample in zip(uids, (b"silica", b"gold"), strict=True):
+        with h5py.File(tmp_path / f"{uid}.nxs") as file:
+            assert file["entry/entry_identifier"].asstr()[()] == uid
+            assert file["entry/sample/name"][()] == sample
+            assert file["xpcs/ledger/received"][()] == 200
+            assert file["xpcs/ledger/lost"][()] == 0
+
+
+def test_a_plan_around_others_is_not_taken_for_the_run_of_the_detector(engine, eiger, beside, tmp_path):
+    def adaptive():
+        yield from bps.open_run(md={"plan_name": "optimize"})
+        yield from set_run_key_wrapper(bp.count([eiger]), "first")
+        yield from set_run_key_wrapper(bp.count([eiger]), "second")
+        yield from bps.close_run()
+
+    _, *inner = engine(set_run_key_wrapper(adaptive(), "around"))
+    beside.close()
+    assert {path.stem for path in tmp_path.glob("*.nxs")} == {*inner}
+
+
+def test_a_plan_that_fails_after_the_detector_was_done_is_told_in_its_result(engine, eiger, beside, tmp_path):
+    def failing():
+        yield from bps.open_run(md={"detectors": ["eiger"]})
+        yield from bps.trigger(eiger, wait=True)
+        raise ZeroDivisionError
+
+    uids = []
+    engine.subscribe(lambda _, start: uids.append(start["uid"]), "start")
+    with pytest.raises(ZeroDivisionError):
+        engine(failing())
+    beside.close()
+    with h5py.File(tmp_path / f"{uids[0]}.nxs") as file:
+        assert file["xpcs/exit_status"].asstr()[()] == "fail"
+        assert file["xpcs/ledger/received"][()] == 200
+
+
 PIXELS = ("--shape", "240x320", *GEOMETRY[2:])
 
 
-def test_a_run_engine_is_given_the_result_of_its_run(tmp_path):
-    engine = RunEngine({}, context_managers=[])
+def test_a_run_engine_is_given_the_result_of_its_run(engine, tmp_path):
     with init_devices():
         detector = SimBlobDetector(StaticPathProvider(UUIDFilenameProvider(), tmp_path))
     xpcs_stream("qmap", *PIXELS, "--out", tmp_path / "qmap.h5")
@@ -141,9 +232,6 @@ def test_a_run_engine_is_given_the_result_of_its_run(tmp_path):
 
     with Live(tmp_path / "qmap.h5", tmp_path / "{run}.nxs", roots={str(tmp_path): tmp_path}, threads=1) as callback:
         (uid,) = engine(plan(), callback)
-    engine.loop.call_soon_threadsafe(engine.loop.stop)
-    engine._th.join(DEADLINE)
-    engine.loop.close()
     with h5py.File(tmp_path / f"{uid}.nxs") as file:
         assert file["entry/sample/name"][()] == b"silica"
         assert file["xpcs/n_frames"][()] == 20

@@ -122,7 +122,7 @@ def test_a_stopped_sink_does_not_wait_for_a_broker_that_is_away(cut_off):
     publisher.publish("run", "stop", {}, may_be_lost=False)
     stop.set()
     began = time.monotonic()
-    with pytest.raises(SinkError, match="did not take everything"):
+    with pytest.raises(SinkError, match="stopped while Kafka had not taken everything"):
         publisher.flush()
     assert time.monotonic() - began < 10
 
@@ -327,7 +327,10 @@ def test_a_proxy_with_keys_takes_those_it_knows_only(tmp_path):
         with ZmqDocuments(into, keys=keys["known"]) as publisher, dispatcher(out, publisher) as documents:
             sent = publish(publisher)
             assert len(list(documents())) == len(sent)
-        with ZmqDocuments(into, keys=keys["unknown"], timeout=1) as publisher, pytest.raises(SinkError, match="nobody"):
+        with (
+            ZmqDocuments(into, keys=keys["unknown"], timeout=10) as publisher,
+            pytest.raises(SinkError, match="the Proxy does not know our key"),
+        ):
             publisher.publish("r", "stop", {}, may_be_lost=False)
 
 

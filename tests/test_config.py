@@ -178,6 +178,8 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         ("file:/data/x.bin.000", "rigaku", "/data/x.bin.000"),
         ("zmq://127.0.0.1:5555/8idi", "hub", "tcp://127.0.0.1:5555/8idi"),
         ("zmq+bluesky://127.0.0.1:5577", "proxy", "tcp://127.0.0.1:5577"),
+        ("tiled+http://127.0.0.1:8000", "tiled", "http://127.0.0.1:8000"),
+        ("tiled+https://tiled.x.org/api/v1/metadata/8idi", "tiled", "https://tiled.x.org/api/v1/metadata/8idi"),
     ],
 )
 def test_an_address_is_a_transport_and_a_target(text, transport, target):
@@ -198,6 +200,7 @@ def test_an_address_is_a_transport_and_a_target(text, transport, target):
         "zmq://h:5/path/more",
         "zmq://h:99999/8idi",
         "zmq://u@h:5",
+        "tiled://h:8000",
     ],
 )
 def test_what_is_no_address_is_refused_by_name(text):

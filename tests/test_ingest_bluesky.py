@@ -463,7 +463,7 @@ def test_only_those_with_a_key_are_let_in(tmp_path, caplog):
         came = arrived(documents, lambda: publisher("start", {"uid": "a"}))
         assert came == ("start", {"uid": "a"})
         documents = ZmqDocuments(out, keys=curve.ClientKeys.read(stranger, public))
-        with pytest.raises(SourceError, match="does not let us in"):
+        with pytest.raises(SourceError, match="the Proxy does not know our key"):
             arrived(documents, lambda: publisher("start", {"uid": "a"}))
         publisher.close()
 
@@ -544,6 +544,13 @@ def test_runs_that_overlap_come_one_after_the_other(engine, detector, tmp_path):
     ]
     for each in (one, other):
         np.testing.assert_array_equal(frames_of(messages, uid_of(each)), frames_written(each))
+
+
+def test_a_run_without_frames_does_not_hold_up_those_within_it(engine, detector, tmp_path):
+    around = [*made_up("around", 0)]
+    inside = documents_of(engine, staged(detector, moving(detector)))
+    messages = collected(files(Handed(*around[:2], *inside), tmp_path))
+    np.testing.assert_array_equal(frames_of(messages, uid_of(inside)), frames_written(inside))
 
 
 def test_a_run_after_documents_that_lie_is_as_it_should_be(engine, detector, tmp_path):
@@ -679,7 +686,10 @@ class Beside(Handed):
 
     def __iter__(self):
         while True:
-            yield None if self._queue.empty() else self._queue.get()
+            each = None if self._queue.empty() else self._queue.get()
+            if each is ...:
+                return
+            yield each
 
 
 def test_a_run_of_the_detector_is_called_and_described_by_bluesky(tmp_path, caplog):
@@ -740,6 +750,85 @@ def test_an_abort_of_the_run_engine_is_told_where_the_detector_knows_of_none(tmp
             if isinstance(message, RunStart):
                 source._documents(*[*made_up("uid", exit_status="abort")][-1])
     assert messages[-1] == RunStop(run="uid", n_frames=4, exit_status="abort")
+
+
+class Streaming:
+    """A detector whose stream does not end."""
+
+    def __init__(self, source):
+        self._source = source
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._source.__exit__()
+
+    def __iter__(self):
+        yield from self._source
+        while True:
+            yield None
+
+    def position(self):
+        return self._source.position()
+
+
+def streamed(documents, tmp_path):
+    """A run of a detector, of which the documents tell; None is for those that come with its next message."""
+    return collected(BlueskySource(Beside(*documents), Streaming(detector_file(tmp_path / "s.h5")), within=DEADLINE))
+
+
+def test_an_abort_that_is_told_after_the_detectors_end_is_waited_for(tmp_path):
+    *documents, stop = made_up("uid", exit_status="abort")
+    # The detector's end is its sixth message.
+    messages = streamed([*documents, *[None] * 9, stop], tmp_path)
+    assert messages[-1] == RunStop(run="uid", n_frames=4, exit_status="abort")
+
+
+def test_a_run_that_is_over_before_it_was_described_is_found_though_the_next_one_is_open(tmp_path):
+    start, *rest = made_up("uid", detectors=["det"])
+    *following, _ = made_up("next", detectors=["det"])
+    assert the(RunStart, streamed([start, None, *rest, *following], tmp_path)).run == "uid"
+
+
+def test_a_run_that_names_detectors_is_that_of_the_detector_and_not_the_one_around_it(tmp_path):
+    around, within = [*made_up("around")][:2], made_up("within", detectors=["det"])
+    assert the(RunStart, streamed([*around, *within], tmp_path)).run == "within"
+
+
+def test_runs_are_found_however_far_documents_are_ahead_of_a_detector_that_was_never_idle(tmp_path):
+    one, other = ([*made_up(run, detectors=["det"])] for run in ("one", "other"))
+    *following, _ = made_up("next", detectors=["det"])
+
+    class Behind(Streaming):
+        def __iter__(self):
+            yield from self._source
+            threading.Event().wait(0.3)
+            yield from detector_file(tmp_path / "again.h5")
+
+    detector = Behind(detector_file(tmp_path / "s.h5"))
+    messages = collected(BlueskySource(Beside(*one, *other, *following), detector, within=0.1), 2)
+    assert [message.run for message in messages if isinstance(message, RunStart)] == ["one", "other"]
+
+
+def test_a_run_that_ended_while_the_detector_was_idle_is_not_its(tmp_path):
+    class Later(Streaming):
+        def __iter__(self):
+            yield from [None] * 3
+            yield from self._source
+
+    *documents, stop = made_up("uid", detectors=["det"])
+    documents = Beside(*made_up("scan", detectors=["motor"]), None, *documents, *[None] * 12, stop)
+    detector = Later(detector_file(tmp_path / "s.h5"))
+    assert the(RunStart, collected(BlueskySource(documents, detector, within=DEADLINE))).run == "uid"
+
+
+def test_the_end_of_the_documents_ends_the_stream_once_the_detector_sent_its_run(tmp_path):
+    documents = Beside(*made_up("uid"), ...)
+    source = BlueskySource(documents, Streaming(detector_file(tmp_path / "s.h5")), within=0.2)
+    with source:
+        messages = [message for message in source if message is not None]
+    assert messages[-1] == RunStop(run="uid", n_frames=4, exit_status="success")
 
 
 def test_a_run_that_bluesky_says_nothing_of_goes_on_by_its_own_name(caplog):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
 from crc32c import crc32c
 
 from stream.errors import ConfigError, NotSeekable, SinkError, SourceError
@@ -21,8 +21,9 @@ from stream.ingest.kafka import KafkaResults, KafkaSource
 from stream.kafka import Cluster, create_topic
 from stream.messages import Events, FrameBatch, Rejected, Result, RunStart, RunStop
 from stream.operators.multitau import MultiTau
+from stream.outbox import QUEUE_KBYTES
 from stream.pipeline import Pipeline
-from stream.sinks.kafka import QUEUE_KBYTES, KafkaSink
+from stream.sinks.kafka import KafkaSink
 from stream.wire import encode
 from tests import hostile, kafka
 from tests.conftest import chunks_of, events_of, make_roimap
@@ -620,3 +621,31 @@ def test_closing_delivers_what_was_written(broker, topic):
         for i in range(100):
             sink.write(replace(start(), run=f"run {i}"))
     assert (sink.delivered, sink.failed) == (100, 0)
+
+
+@pytest.mark.parametrize(
+    "code", [KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE, KafkaError._TRANSPORT]
+)
+def test_what_passes_is_waited_for_and_told_once_though_librdkafka_does_not_call_it_retriable(caplog, code):
+    cluster, error = Cluster("127.0.0.1:9092", {}, SourceError), KafkaError(code)
+    assert not error.retriable()
+    assert cluster.passes(error, "there")
+    assert cluster.passes(error, "there")
+    cluster.went_well()
+    assert [record.message for record in caplog.records] == [
+        f"there: {error.str()}; waiting",
+        "kafka://127.0.0.1:9092 is back",
+    ]
+
+
+@pytest.mark.parametrize("code", [KafkaError._BAD_MSG, KafkaError._BAD_COMPRESSION, KafkaError.INVALID_MSG])
+def test_only_what_is_wrong_with_a_record_itself_rejects_it(code):
+    assert not Cluster("127.0.0.1:9092", {}, SourceError).passes(KafkaError(code), "there")
+
+
+@pytest.mark.parametrize(
+    "error", [KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED), KafkaError(KafkaError._TIMED_OUT, "too late", True)]
+)
+def test_what_does_not_pass_ends_the_source(error):
+    with pytest.raises(SourceError, match=f"there: {error.str()}"):
+        Cluster("127.0.0.1:9092", {}, SourceError).passes(error, "there")

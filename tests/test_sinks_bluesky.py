@@ -457,6 +457,57 @@ def test_a_publisher_that_fails_does_not_keep_documents_from_the_others(caplog):
     assert "an event was dropped: event was not taken" in caplog.text
 
 
+class Logged(Kept):
+    """A publisher that logs what happens to it, and may fail at an end."""
+
+    def __init__(self, name, log, fails=False):
+        super().__init__()
+        self.name, self.log, self.fails = name, log, fails
+
+    def publish(self, run, name, document, *, may_be_lost):
+        super().publish(run, name, document, may_be_lost=may_be_lost)
+        self.log.append((self.name, name))
+
+    def flush(self):
+        self.log.append((self.name, "flush"))
+        if self.fails and self.documents[-1][0] == "stop":
+            raise SinkError(f"{self.name} is gone")
+
+
+def test_a_store_has_the_end_before_others_are_told():
+    log = []
+    with bluesky.sink(Logged("other", log), stores=[Logged("store", log)]) as sink:
+        for output in given():
+            sink.write(output)
+    end = [("store", "stop"), ("store", "flush"), ("other", "stop"), ("other", "flush")]
+    assert log[-4:] == end
+    assert [what for name, what in log if name == "store"] == [what for name, what in log if name == "other"]
+
+
+def test_a_store_that_fails_at_the_end_keeps_it_from_nobody_and_is_said():
+    other = Kept()
+    with bluesky.sink(other, stores=[Logged("store", [], fails=True)]) as sink:
+        for output in given()[:-1]:
+            sink.write(output)
+        with pytest.raises(SinkError, match="store is gone"):
+            sink.write(given()[-1])
+    assert_valid(other.documents)
+
+
+def test_a_sink_that_goes_on_with_a_run_tells_a_store_again_how_it_began(tmp_path):
+    begun, store, other = Kept(), Kept(), Kept()
+    for stores, others, outputs in (
+        ([begun], [], given()[:5]),
+        ([store], [other], [given()[0], *given()[5:]]),
+    ):
+        with bluesky.sink(*others, stores=stores, memory=tmp_path / "m.json") as sink:
+            for output in outputs:
+                sink.write(output)
+    np.testing.assert_equal(store.documents[:2], begun.documents[:2])
+    assert [name for name, _ in store.documents[:2]] == ["start", "descriptor"]
+    np.testing.assert_equal(store.documents[2:], other.documents)
+
+
 @pytest.fixture
 def quiet(caplog, capsys):
     """Nothing that follows prints or logs a traceback."""

@@ -212,9 +212,9 @@ def test_what_squeue_has_forgotten_is_told_by_the_accounting_once_it_is_over(sch
     asked, long = spec(directory, "exit 7"), spec(directory)
     done, runs = scheduler.submit(asked), scheduler.submit(long)
     active(scheduler, runs)
-    ended = over(forgetful, done)
-    assert (ended.state, ended.exit_code) == (JobState.FAILED, 7)
-    until(lambda: [job.id for job in forgetful.list(asked.name)] == [done])  # times come later than states
+    assert over(forgetful, done).state is JobState.FAILED
+    until(lambda: forgetful.status([done])[done].exit_code == 7)  # may be known later than that it is over
+    until(lambda: [job.id for job in forgetful.list(asked.name)] == [done])
     assert forgetful.status([runs]) == {}
     assert forgetful.list(long.name) == []
 

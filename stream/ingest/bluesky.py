@@ -31,13 +31,19 @@ class _Known:
     ended: float | None = None
     exit_status: ExitStatus = "success"
 
+    def was_open(self, then: float) -> bool:
+        """Tell whether it had not ended by then, as far as was known."""
+        return self.ended is None or self.ended >= then
+
 
 @dataclass(slots=True)
 class _Held:
-    """A run of the detector that waits for its documents."""
+    """What waits for documents of its run, and what came after it."""
 
-    start: RunStart
+    first: RunStart | RunStop
     until: float
+    idle: float
+    """When the detector had nothing last before it came: a run that ended by then is not the one that sent it."""
     messages: deque[tuple[Message, Position]] = field(default_factory=deque)
     nbytes: int = 0
 
@@ -47,17 +53,20 @@ class BlueskySource:
 
     A RunStart of the detector waits until start and descriptor of its run came. These are found by the uid, where the
     detector's stream carries one (as its run, or anywhere in its metadata, such as Dectris user_data); else by arming
-    order: of the runs that are open and not yet taken, the oldest one. What did not come within a while is done
-    without: the descriptor, or all of it; then the run goes on by the detector's own name.
+    order: of the runs that are open and not yet taken, the oldest one that names detectors, or else the oldest one. (An
+    adaptive plan has a run of its own around those that measure.) What did not come within a while is done without: the
+    descriptor, or all of it; then the run goes on by the detector's own name. A RunStop waits as long for that of the
+    documents, which knows whether the plan failed.
 
     Where both state something, the detector's value counts; conflicts are reported (`stream.ingest.bluesky_facts`).
 
     Parameters
     ----------
     documents, detector
-        Open; closed with this. `documents` is asked with every message of the detector: make it with ``wait=0``.
+        Open; closed with this. `documents` is asked with every message of the detector: make it with ``wait=0``. Where
+        they end, this ends too, once the detector sent the runs that they tell of.
     within
-        How long a run of the detector waits (s).
+        How long a run of the detector waits, and after the last document this for the detector (s).
     """
 
     def __init__(self, documents: Documents, detector: Source, *, within: float = 2.0) -> None:
@@ -68,6 +77,12 @@ class BlueskySource:
         self._taken: dict[str, _Known] = {}
         """By the detector's name."""
         self._held: _Held | None = None
+        self._has_ended = False
+        """No more documents will come."""
+        self._heard = 0.0
+        """When the detector, or the last document, came."""
+        self._idle = 0.0
+        """When there was nothing of the detector: what it sends may have to wait for us, longer than documents do."""
         self._position: Position = detector.position()
 
     def __enter__(self) -> Self:
@@ -83,13 +98,19 @@ class BlueskySource:
         """Yield the detector's messages, and Rejected for documents that are none."""
         documents = iter(self._documents)
         for message in self._detector:
+            if message is None:
+                self._idle = time.monotonic()
+            else:
+                self._heard = time.monotonic()
             yield from self._listen(documents)
-            if isinstance(message, RunStart):
+            if isinstance(message, RunStart) or (isinstance(message, RunStop) and self._may_fail(message)):
                 yield from self._release()
-                self._held = _Held(message, time.monotonic() + self._within)
+                self._held = _Held(message, self._heard + self._within, self._idle)
             if self._held is None:
                 self._position = self._detector.position()
                 yield self._named(message)
+                if self._is_over:
+                    return
                 continue
             if message is None:
                 yield None
@@ -119,10 +140,19 @@ class BlueskySource:
             else:
                 name, document = each
                 yield from self._take(self._runs.feed(name, document, now), now)
+        else:
+            if not self._has_ended:
+                self._has_ended, self._heard = True, now
         yield from self._take(self._runs.expire(now), now)
         # A run may have been too short for us to see it open.
-        for uid in [u for u, k in self._known.items() if k.ended is not None and k.ended + self._within < now]:
+        idle = self._idle if self._held is None else self._held.idle
+        for uid in [uid for uid, known in self._known.items() if not known.was_open(idle - self._within)]:
             del self._known[uid]
+
+    @property
+    def _is_over(self) -> bool:
+        is_open = self._known or self._taken
+        return self._has_ended and not (is_open and time.monotonic() < self._heard + self._within)
 
     def _take(self, told: Iterator[Told], now: float) -> Iterator[Rejected]:
         for each in told:
@@ -147,36 +177,49 @@ class BlueskySource:
         if isinstance(message, FrameBatch):
             held.nbytes += _nbytes(message)
 
-    def _is_known(self, held: _Held) -> bool:
-        found = self._match(held.start)
-        is_over = time.monotonic() >= held.until or held.nbytes > MAX_HELD_BYTES
-        return is_over or (found is not None and found.is_described and found.ended is None)
+    def _may_fail(self, stop: RunStop) -> bool:
+        """Tell whether documents may know of a failure that the detector does not know of."""
+        known = self._taken.get(stop.run)
+        return self._held is None and known is not None and known.ended is None and stop.exit_status == "success"
 
-    def _match(self, start: RunStart) -> _Known | None:
+    def _is_known(self, held: _Held) -> bool:
+        if self._has_ended or time.monotonic() >= held.until or held.nbytes > MAX_HELD_BYTES:
+            return True
+        if isinstance(held.first, RunStop):
+            return self._taken[held.first.run].ended is not None
+        found = self._match(held.first, held.idle)
+        return found is not None and found.is_described and found.was_open(held.idle)
+
+    def _match(self, start: RunStart, idle: float) -> _Known | None:
         said = [start.run, *(value for value in start.metadata.values() if isinstance(value, str))]
         for uid, known in self._known.items():
             if any(uid in text for text in said):
                 return known
         if any(_UID.search(text) for text in said[1:]):
             return None
-        still_open = [known for known in self._known.values() if known.ended is None]
-        return next(iter([*still_open, *self._known.values()]), None)
+        were_open = [known for known in self._known.values() if known.was_open(idle)]
+        with_detectors = [known for known in were_open if known.facts.has_detectors]
+        return next(iter([*with_detectors, *were_open, *reversed(self._known.values())]), None)
 
     def _release(self) -> Iterator[Message]:
         held, self._held = self._held, None
         if held is None:
             return
-        found = self._match(held.start)
-        # Of a name that comes again this is another run.
-        self._taken.pop(held.start.run, None)
-        if found is None:
-            _log.warning("run %s: Bluesky said nothing of it within %g s", held.start.run, self._within)
-        else:
-            self._taken[held.start.run] = self._known.pop(found.facts.run)
+        if isinstance(held.first, RunStart):
+            self._pair(held.first, held.idle)
         for message, self._position in held.messages:
             named = self._named(message)
             if named is not None:
                 yield named
+
+    def _pair(self, start: RunStart, idle: float) -> None:
+        found = self._match(start, idle)
+        # Of a name that comes again this is another run.
+        self._taken.pop(start.run, None)
+        if found is None:
+            _log.warning("run %s: Bluesky said nothing of it within %g s", start.run, self._within)
+        else:
+            self._taken[start.run] = self._known.pop(found.facts.run)
 
     def _named(self, message: Message | None) -> Message | None:
         if message is None or isinstance(message, Rejected) or (known := self._taken.get(message.run)) is None:

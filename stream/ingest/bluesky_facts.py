@@ -93,6 +93,8 @@ class Facts:
     """Of `NUMBERS`, in our units."""
     others: Mapping[str, Any] = field(default_factory=dict)
     """Of `OTHERS`, and ``start_time``."""
+    has_detectors: bool = False
+    """Whether its start names any."""
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -113,7 +115,10 @@ def of_start(run: str, document: Mapping[str, Any]) -> Facts:
     time = document.get("time")
     if isinstance(time, int | float) and 0 <= time < 4 * MAX_SECONDS:
         others["start_time"] = datetime.fromtimestamp(time, UTC).isoformat()
-    return Facts(run=run, numbers=dict(_numbers(run, stated, None)), others=others)
+    numbers, detectors = dict(_numbers(run, stated, None)), document.get("detectors")
+    return Facts(
+        run=run, numbers=numbers, others=others, has_detectors=isinstance(detectors, list | tuple) and bool(detectors)
+    )
 
 
 def with_configuration(facts: Facts, configuration: Mapping[str, Any]) -> Facts:

@@ -18,8 +18,8 @@ from stream.ingest.position import place_of
 from stream.messages import FrameBatch, Give, Message, Position, Rejected, RunStart, RunStop
 from stream.wire import MAX_LENGTH, one_line
 
-RETRY = 0.05
-"""Seconds between looks for frames that are told of and not yet in their file."""
+LOOK = 0.05
+"""Seconds between looks into files: for what is told of meanwhile, and what was told of and was not yet there."""
 
 
 @dataclass(slots=True)
@@ -39,6 +39,16 @@ class _Reading:
     next: int = -1
     """Frame to be read next; -1 before the RunStart."""
     is_refused: bool = False
+
+    @property
+    def is_begun(self) -> bool:
+        """Some of it was read."""
+        return self.next >= 0 or self.event > 0
+
+    @property
+    def has_something(self) -> bool:
+        """It can be read, or is over."""
+        return bool(self.todo) or self.ended is not None
 
     def add(self, told: Rows | Master, until: float) -> None:
         """Take what can be read at once with what is not yet tried as one."""
@@ -120,17 +130,19 @@ class BlueskyFiles:
                 case name, told:
                     yield from self._take(self._runs.feed(name, told, now), before, now)
             before = self._documents.position()
-            yield from self._take(self._runs.expire(now), before, now)
-            yield from self._read()
+            if now >= self._look:
+                self._look = now + LOOK
+                yield from self._take(self._runs.expire(now), before, now)
+                yield from self._read()
         yield from self._take(self._runs.close(), before, time.monotonic())
         while self._readings:
             yield from self._read()
             yield None
-            time.sleep(RETRY)  # files do not tell that they grew
+            time.sleep(LOOK)  # files do not tell that they grew
 
     def position(self) -> Position:
         """Return where the documents of the run that is read begin, and its next frame; {} if they cannot go back."""
-        reading = next(iter(self._readings.values()), None)
+        reading = self._reading() or next(iter(self._readings.values()), None)
         if reading is None or not reading.before:
             return self._documents.position()
         run = reading.facts.run
@@ -160,21 +172,19 @@ class BlueskyFiles:
                     self._readings[run].add(each, now + self._within)
                 case Ended(run=run):
                     self._readings[run].ended = each
+                    self._look = 0.0
                 case Rejected():
                     yield each
 
     def _read(self) -> Iterator[Message]:
         """Yield what can be read now, run after run."""
-        if time.monotonic() < self._look:
-            return
-        while self._readings:
-            run, reading = next(iter(self._readings.items()))
+        while (reading := self._reading()) is not None:
+            run = reading.facts.run
             while reading.todo:
                 told, until = reading.todo[0]
                 try:
                     yield from self._read_one(reading, told, until)
                 except _NotYet:
-                    self._look = time.monotonic() + RETRY
                     return
                 except (SourceError, ConfigError, DecodeError) as error:
                     # What keeps a run from being begun keeps it from being read.
@@ -186,6 +196,11 @@ class BlueskyFiles:
             del self._readings[run]
             if reading.frames is not None:
                 yield RunStop(run=run, n_frames=reading.next, exit_status=reading.ended.exit_status)
+
+    def _reading(self) -> _Reading | None:
+        """Return the run that is read, or is to be read next."""
+        begun = (each for each in self._readings.values() if each.is_begun)
+        return next(begun, None) or next((each for each in self._readings.values() if each.has_something), None)
 
     def _read_one(self, reading: _Reading, told: Rows | Master, until: float) -> Iterator[Message]:
         may_wait = time.monotonic() < until

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
 
 from stream.documents import MAX_BYTES, unpack
 from stream.errors import DecodeError, NotSeekable, SourceError
@@ -19,15 +19,6 @@ POLL = 0.05
 
 QUEUE_KBYTES = 64 * 1024
 """What librdkafka fetches ahead, of all partitions; who is slower falls behind in Kafka, not in memory."""
-
-_GONE = (
-    KafkaError.UNKNOWN_TOPIC_OR_PART,
-    KafkaError.UNKNOWN_TOPIC_ID,
-    KafkaError._UNKNOWN_TOPIC,
-    KafkaError._UNKNOWN_PARTITION,
-    KafkaError.TOPIC_AUTHORIZATION_FAILED,
-    KafkaError._FATAL,
-)
 
 _NO_LEADER = (KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE)
 
@@ -115,14 +106,16 @@ class KafkaDocuments:
             if record is None:
                 yield None
                 continue
-            partition = record.partition() or 0
-            where = f"{self._where}: partition {partition}, offset {record.offset()}"
+            partition, offset = record.partition() or 0, record.offset() or 0
             if (error := record.error()) is not None:
-                yield self._stumble(error, partition, where)
+                yield self._stumble(error, partition, f"{self._where}: partition {partition}, offset {offset}")
                 continue
             self._cluster.went_well()
-            self._next[partition] = (record.offset() or 0) + 1
-            yield _read(record, where)
+            self._next[partition] = offset + 1
+            try:
+                yield unpack(record.value() or b"")
+            except DecodeError as undecodable:
+                yield Rejected(reason=f"{self._where}: partition {partition}, offset {offset}: {undecodable}")
 
     def position(self) -> Position:
         """Return ``{"topic:partition": offset}`` of what comes next."""
@@ -165,22 +158,10 @@ class KafkaDocuments:
         )
 
     def _stumble(self, error: KafkaError, partition: int, where: str) -> Rejected | None:
-        code, words = error.code(), self._cluster.words(error)
-        if code == KafkaError._AUTO_OFFSET_RESET:
+        if error.code() == KafkaError._AUTO_OFFSET_RESET:
             _log.warning("%s is no longer there; going on with the oldest document", where)
             self._next[partition] = OFFSET_BEGINNING
             self._assign()
             return None
-        if code in _GONE:
-            raise SourceError(f"{self._where}: {words}")
-        if error.retriable() or code == KafkaError.GROUP_AUTHORIZATION_FAILED:
-            _log.debug("%s: %s", where, words)
-            return None
-        return Rejected(reason=f"{where}: {words}")
-
-
-def _read(record: Message, where: str) -> tuple[str, dict[str, Any]] | Rejected:
-    try:
-        return unpack(record.value() or b"")
-    except DecodeError as error:
-        return Rejected(reason=f"{where}: {error}")
+        is_damaged = not self._cluster.passes(error, self._where)
+        return Rejected(reason=f"{where}: {self._cluster.words(error)}") if is_damaged else None

@@ -2,7 +2,7 @@
 
 import os
 import select
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Self
 
 from stream.documents import MAX_BYTES, unpack
@@ -25,12 +25,10 @@ class PipedDocuments:
         Of the pipe; 0 is standard input.
     wait
         How long to wait for a document before None is yielded (s).
-    at_end
-        Called once they ended.
     """
 
-    def __init__(self, descriptor: int, *, wait: float = POLL, at_end: Callable[[], object] = lambda: None) -> None:
-        self._descriptor, self._wait, self._at_end = descriptor, wait, at_end
+    def __init__(self, descriptor: int, *, wait: float = POLL) -> None:
+        self._descriptor, self._wait = descriptor, wait
         self._buffer = bytearray()
 
     def __enter__(self) -> Self:
@@ -55,7 +53,6 @@ class PipedDocuments:
                 continue
             came = os.read(self._descriptor, 2**16)
             if not came:
-                self._at_end()
                 return
             self._buffer += came
 

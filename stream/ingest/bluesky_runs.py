@@ -229,9 +229,9 @@ class Runs:
 
     def _event(self, document: Document, now: float) -> Iterator[Told]:
         told = self._named("descriptor", field(document, "descriptor", str))
-        number, data = field(document, "seq_num", int), field(document, "data", dict)
         if told is None:
             return
+        number, data = field(document, "seq_num", int), field(document, "data", dict)
         if (run := self._run(told.run, now)) is None:
             self._check_late(told.run, 0 if told.is_streamed or told.data_key is None else number)
             return

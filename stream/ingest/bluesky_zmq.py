@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Self
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from stream.curve import ClientKeys
+from stream.curve import ClientKeys, Handshakes
 from stream.documents import MAX_BYTES, unframe
 from stream.errors import DecodeError, NotSeekable, SourceError
 from stream.messages import Position, Rejected
@@ -20,9 +21,7 @@ POLL = 0.05
 QUEUE_DOCUMENTS = 10_000
 """Held by libzmq. The Proxy drops what comes while they are not read, without a word."""
 
-_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _AWAY = zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_DISCONNECTED
-_WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | _AWAY | _REFUSED
 
 
 class ZmqDocuments:
@@ -60,7 +59,8 @@ class ZmqDocuments:
         self._socket.set(zmq.LINGER, 0)
         self._socket.set(zmq.RECONNECT_IVL_MAX, 1000)
         self._socket.set(zmq.SUBSCRIBE, prefix + b" " if prefix else b"")
-        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(_WATCHED)
+        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(Handshakes.EVENTS | _AWAY)
+        self._handshakes = Handshakes(keys)
         self._is_away = False
         try:
             if keys is not None:
@@ -113,10 +113,20 @@ class ZmqDocuments:
     def _look_around(self) -> None:
         while self._monitor.poll(0):
             event = parse_monitor_message(self._monitor.recv_multipart())["event"]
-            if event & _REFUSED:
-                raise SourceError(f"{self._address}: the Proxy does not let us in")
+            self._handshakes.take(event)
+            if event == zmq.EVENT_DISCONNECTED:
+                self._connect_again()
             if event & _AWAY and not self._is_away:
+                self._is_away = True
                 _log.warning("%s is away; waiting for it", self._address)
             elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED and self._is_away:
+                self._is_away = False
                 _log.warning("%s is back", self._address)
-            self._is_away = bool(event & _AWAY)
+        if self._handshakes.refusal:
+            raise SourceError(f"{self._address}: the Proxy {self._handshakes.refusal}")
+
+    def _connect_again(self) -> None:
+        """Go to the Proxy again: after a message that is longer than any may be, libzmq does not do so by itself."""
+        with suppress(zmq.ZMQError):  # it may have forgotten the address
+            self._socket.disconnect(self._address)
+        self._socket.connect(self._address)

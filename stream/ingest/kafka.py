@@ -25,15 +25,6 @@ QUEUE_KBYTES = 64 * 1024
 FETCH_BYTES = 8 * 2**20
 """What one request fetches, and by how much the queue may be larger."""
 
-_GONE = (
-    KafkaError.UNKNOWN_TOPIC_OR_PART,
-    KafkaError.UNKNOWN_TOPIC_ID,
-    KafkaError._UNKNOWN_TOPIC,
-    KafkaError._UNKNOWN_PARTITION,
-    KafkaError.TOPIC_AUTHORIZATION_FAILED,
-    KafkaError._FATAL,
-)
-
 
 class KafkaSource:
     """Frames of one region, sent by a `stream.sinks.kafka.KafkaSink`. A `stream.protocols.Source`.
@@ -259,18 +250,13 @@ class _Records:
         self._next[region] = offset + 1
 
     def _stumble(self, error: KafkaError, region: int, where: str) -> Rejected | None:
-        code, words = error.code(), self._cluster.words(error)
-        if code == KafkaError._AUTO_OFFSET_RESET:
+        if error.code() == KafkaError._AUTO_OFFSET_RESET:
             _log.warning("%s is no longer there; going on with the oldest record", where)
             self._lost.add(region)
             self._assign()
             return None
-        if code in _GONE:
-            raise SourceError(f"{self._where}: {words}")
-        if error.retriable() or code == KafkaError.GROUP_AUTHORIZATION_FAILED:
-            _log.debug("%s: %s", where, words)
-            return None
-        return Rejected(reason=f"{where}: {words}")
+        is_damaged = not self._cluster.passes(error, self._where)
+        return Rejected(reason=f"{where}: {self._cluster.words(error)}") if is_damaged else None
 
     def close(self) -> None:
         self._consumer.close()

@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -58,6 +58,9 @@ class BlueskySink:
     ----------
     publishers
         Where documents go: to each of them, one document after the other. Entered and left with the sink.
+    stores
+        As publishers, but where runs are kept: told the end of a run before the others are, so that who hears of it
+        finds the run; and how a run began also when the sink goes on with it.
     qmap
         `stream.operators.roimap.RoiMap.arrays`: where the bins lie.
     delays
@@ -84,6 +87,7 @@ class BlueskySink:
         self,
         publishers: Sequence[Publisher],
         *,
+        stores: Sequence[Publisher] = (),
         qmap: Mapping[str, Any],
         delays: Delays,
         every: float = 1.0,
@@ -94,7 +98,8 @@ class BlueskySink:
         n_q = len(qmap["dynamic_index_mapping"])
         if not 0 <= fitted < n_q:
             raise ConfigError(f"bin {fitted} cannot be fitted: the map has {n_q}, counted from 0")
-        self._publishers = publishers
+        self._publishers, self._stores = publishers, stores
+        self._everyone = [*publishers, *stores]
         self._qmap, self._delays, self._fitted, self._analysis = qmap, delays, fitted, analysis or {}
         self._every = every
         self._memory = memory
@@ -105,7 +110,7 @@ class BlueskySink:
 
     def __enter__(self) -> Self:
         with ExitStack() as entered:
-            for publisher in self._publishers:
+            for publisher in self._everyone:
                 entered.enter_context(publisher)
             self._entered = entered.pop_all()
         return self
@@ -152,8 +157,7 @@ class BlueskySink:
         SinkError
             One has not.
         """
-        for publisher in self._publishers:
-            publisher.flush()
+        self._flush(self._everyone)
 
     def _begin(self, start: RunStart) -> None:
         documents = DerivedRun(
@@ -165,12 +169,11 @@ class BlueskySink:
             return
         self._runs[start.run] = _Run(documents, published)
         opening = documents.opening(published.began)
-        if not published.opened:
-            self._save()
-            self._publish(documents.uid, opening)
-            self.flush()
-            published.opened = True
-            self._save()
+        self._save()
+        self._publish(documents.uid, opening, self._stores if published.opened else self._everyone)
+        self.flush()
+        published.opened = True
+        self._save()
 
     def _interim(self, run: "_Run") -> None:
         now = time.monotonic()
@@ -182,7 +185,7 @@ class BlueskySink:
         self._save()
         event = run.documents.event(run.results, run.published.n_events, time.time())
         try:
-            self._publish(run.documents.uid, [event], may_be_lost=True)
+            self._publish(run.documents.uid, [event], self._everyone, may_be_lost=True)
         except SinkError as error:
             _log.warning("an event was dropped: %s", error)
 
@@ -196,8 +199,12 @@ class BlueskySink:
         now = published.ending
         last = [documents.event(run.results, published.n_events, now)] if has_last else []
         result = self._result(documents, stop.run, now)
-        self._publish(documents.uid, [*last, *result, documents.stop(stop, published.n_events, now)])
-        self.flush()
+        end = documents.stop(stop, published.n_events, now)
+        with _first_failure() as attempt:
+            attempt(self._publish, documents.uid, [*last, *result], self._everyone)
+            for publishers in (self._stores, self._publishers):
+                attempt(self._publish, documents.uid, [end], publishers)
+                attempt(self._flush, publishers)
         published.ended = True
         self._save()
 
@@ -209,16 +216,18 @@ class BlueskySink:
             _log.warning("%s is not told of in documents: %s", file, error)
             return []
 
-    def _publish(self, run: str, documents: Sequence[Document], *, may_be_lost: bool = False) -> None:
-        failed: SinkError | None = None
-        for name, document in documents:
-            for publisher in self._publishers:
-                try:
-                    publisher.publish(run, name, document, may_be_lost=may_be_lost)
-                except SinkError as error:
-                    failed = failed or error
-        if failed is not None:
-            raise failed
+    def _publish(
+        self, run: str, documents: Sequence[Document], publishers: Sequence[Publisher], *, may_be_lost: bool = False
+    ) -> None:
+        with _first_failure() as attempt:
+            for name, document in documents:
+                for publisher in publishers:
+                    attempt(publisher.publish, run, name, document, may_be_lost=may_be_lost)
+
+    def _flush(self, publishers: Sequence[Publisher]) -> None:
+        with _first_failure() as attempt:
+            for publisher in publishers:
+                attempt(publisher.flush)
 
     def _save(self) -> None:
         while len(self._published) > REMEMBERED:
@@ -231,6 +240,22 @@ class BlueskySink:
             temporary.replace(self._memory)
         except OSError as error:
             raise SinkError(f"{self._memory}: {error.strerror}") from error
+
+
+@contextmanager
+def _first_failure() -> Iterator[Callable[..., None]]:
+    """Give what calls a function, whatever became of those before; in the end raise the first SinkError of them."""
+    failures: list[SinkError] = []
+
+    def attempt(do: Callable[..., None], *given: Any, **options: Any) -> None:
+        try:
+            do(*given, **options)
+        except SinkError as error:
+            failures.append(error)
+
+    yield attempt
+    if failures:
+        raise failures[0]
 
 
 class _Published(BaseModel):

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
-from stream.curve import ClientKeys
+from stream.curve import ClientKeys, Handshakes
 from stream.documents import frame
 from stream.errors import SinkError
 
@@ -62,6 +63,8 @@ class ZmqDocuments:
         self._socket.xpub_nodrop = True
         self._socket.immediate = True  # a Proxy that is gone has no subscriptions, and nothing waits for it
         self._socket.reconnect_ivl_max = 1000  # ms
+        self._monitor = self._socket.get_monitor_socket(Handshakes.EVENTS)
+        self._handshakes = Handshakes(keys)
         try:
             if keys is not None:
                 keys.use(self._socket)
@@ -74,6 +77,10 @@ class ZmqDocuments:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._socket.closed:
+            return
+        self._socket.disable_monitor()
+        self._monitor.close()
         self._socket.close()
         self._context.term()
 
@@ -96,6 +103,10 @@ class ZmqDocuments:
 
     def _sent(self, message: bytes) -> bool:
         try:
+            while self._monitor.poll(0):
+                self._handshakes.take(recv_monitor_message(self._monitor)["event"])
+            if self._handshakes.refusal:
+                raise SinkError(f"{self._where}: the Proxy {self._handshakes.refusal}")
             while self._socket.poll(0, zmq.POLLIN):
                 told = self._socket.recv(zmq.NOBLOCK)
                 (self._subscribed.add if told[:1] == b"\x01" else self._subscribed.discard)(told[1:])

@@ -1,40 +1,21 @@
 """Our wire (`stream.wire`) over Kafka, sending end."""
 
-import logging
 import threading
-import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
-from confluent_kafka import KafkaError, KafkaException, Message, Producer
-
 from stream.errors import SinkError
-from stream.kafka import ANSWER, Cluster, address
 from stream.messages import FrameBatch, Output, Result, RunStart
+from stream.outbox import Outbox
 from stream.sinks.pieces import HEADER_BYTES, Pieces, payload_ends
 from stream.wire import encode
-
-_log = logging.getLogger(__name__)
-
-QUEUE_KBYTES = 256 * 1024
-"""What is held until Kafka has it: then `KafkaSink.write` waits. Memory is bounded by it."""
-
-QUEUE_RECORDS = 100_000
-"""As many records at most, since small ones cost more than their bytes."""
 
 RECORD_BYTES = 1_000_000
 """Batches of frames are cut into records of at most this: larger ones make Kafka slow, not fast."""
 
 FRAMING_BYTES = 256
 """What Kafka puts around the key, the header and the payload of a record, and then some."""
-
-POLL = 0.1
-"""How often a wait looks whether it was stopped (s)."""
-
-GRACE = 2.0
-"""How long Kafka may still take something once the sink is stopped, or closed after an error (s)."""
 
 
 class KafkaSink:
@@ -57,11 +38,6 @@ class KafkaSink:
     stop
         Once it is set, nothing is waited for longer than 2 s.
 
-    Attributes
-    ----------
-    delivered, failed
-        How many records Kafka has, and how many it will never have.
-
     Raises
     ------
     SinkError
@@ -80,30 +56,26 @@ class KafkaSink:
         timeout: float = 300.0,
         stop: threading.Event | None = None,
     ) -> None:
-        self.delivered = self.failed = 0
-        self._cluster = Cluster(bootstrap, properties, SinkError)
-        self._topic = topic
-        self._where = address(self._cluster, topic)
-        self._timeout = timeout
-        self._stop = stop
-        self._failure = ""
-        within = min(timeout, ANSWER)
-        self._n_regions = self._cluster.n_partitions(topic, within)
-        self._limit = max_record_bytes or self._cluster.max_record_bytes(topic, within)
-        self._pieces = Pieces(min(self._limit, RECORD_BYTES))
-        self._producer = self._cluster.client(
-            Producer,
-            fixed={
-                "acks": "all",
-                "enable.idempotence": True,
-                "compression.type": "none",  # detectors did it, where it is worth it
-                "message.max.bytes": self._limit,
-                "delivery.timeout.ms": round(1000 * timeout),
-                "queue.buffering.max.kbytes": max(QUEUE_KBYTES, self._limit // 1024 + 1),
-                "queue.buffering.max.messages": QUEUE_RECORDS,
-            },
-            defaults={"linger.ms": 5},
+        self._outbox = Outbox(
+            bootstrap,
+            topic,
+            properties=properties,
+            max_record_bytes=max_record_bytes,
+            timeout=timeout,
+            stop=stop,
+            fixed={"compression.type": "none"},  # detectors did it, where it is worth it
         )
+        self._pieces = Pieces(min(self._outbox.max_record_bytes, RECORD_BYTES))
+
+    @property
+    def delivered(self) -> int:
+        """Records that Kafka has."""
+        return self._outbox.delivered
+
+    @property
+    def failed(self) -> int:
+        """Records that Kafka will never have."""
+        return self._outbox.failed
 
     def __enter__(self) -> Self:
         return self
@@ -112,15 +84,7 @@ class KafkaSink:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Wait for what Kafka does not yet have: `timeout` at most, 2 s after an error."""
-        try:
-            self._flush(self._timeout if error is None else GRACE)
-        except SinkError as failure:
-            if error is None:
-                raise
-            _log.warning("%s", failure)
-        finally:
-            self._producer.purge()  # else closing would wait for ever
-            self._producer.close()
+        self._outbox.close(error)
 
     def write(self, output: Output) -> None:
         """Take one output; wait while there is no room. An interim result for which there is none is not waited for.
@@ -131,9 +95,10 @@ class KafkaSink:
             It does not fit our wire, the topic or a record, there was no room for `timeout` or until `stop`, or
             something written before was not delivered.
         """
-        self._check()
-        if output.region >= self._n_regions:
-            raise SinkError(f"{self._where} has {self._n_regions} partitions: none for region {output.region}")
+        self._outbox.check()
+        n_regions = self._outbox.n_partitions
+        if output.region >= n_regions:
+            raise SinkError(f"{self._outbox.where} has {n_regions} partitions: none for region {output.region}")
         for piece in self._pieces.cut(output):
             self._send(piece)
 
@@ -145,86 +110,31 @@ class KafkaSink:
         SinkError
             Something was not delivered, or not within `timeout` or until `stop`.
         """
-        self._flush(self._timeout)
-
-    def _flush(self, timeout: float) -> None:
-        self._wait(lambda: self._producer.flush(POLL) == 0, timeout)
+        self._outbox.flush()
 
     def _send(self, output: Output) -> None:
-        what = _name(output)
+        what, where, limit = _name(output), self._outbox.where, self._outbox.max_record_bytes
         try:
             _, header, payload = encode(output)
         except ValueError as error:
-            raise SinkError(f"{self._where}: {error}") from error
+            raise SinkError(f"{where}: {error}") from error
         key = f"{output.region}"
         if isinstance(output, Result):
             key = f"{output.run}/{output.region}/{output.operator}/{output.n_frames}"
         key_bytes = key.encode()
         n_bytes = len(header) + len(payload) + len(key_bytes) + FRAMING_BYTES
-        if n_bytes > self._limit:
+        if n_bytes > limit:
             raise SinkError(
-                f"{self._where}: {what}: {n_bytes:,} bytes are more than the {self._limit:,} of a record"
-                f"{_remedy(output, self._limit)}"
+                f"{where}: {what}: {n_bytes:,} bytes are more than the {limit:,} of a record{_remedy(output, limit)}"
             )
-        is_interim = isinstance(output, Result) and not output.final
-        produce = partial(
-            self._producer.produce,
-            self._topic,
+        self._outbox.send(
+            what,
+            may_be_lost=isinstance(output, Result) and not output.final,
             partition=output.region,
             key=key_bytes,
             value=bytes(payload),
             headers=[("h", bytes(header))],
-            on_delivery=partial(self._report, what, is_interim),
         )
-        if not self._taken(produce):
-            if is_interim:
-                raise SinkError(f"{self._where}: no room for {what}{self._because()}")
-            self._wait(partial(self._taken, produce, POLL), self._timeout)
-        self._producer.poll(0)
-
-    def _taken(self, produce: Callable[[], None], within: float = 0.0) -> bool:
-        try:
-            produce()
-        except BufferError:
-            self._producer.poll(within)
-            return False
-        except KafkaException as error:
-            raise SinkError(f"{self._where}: {self._cluster.words(error)}") from None
-        return True
-
-    def _wait(self, is_done: Callable[[], bool], timeout: float) -> None:
-        deadline, why = time.monotonic() + timeout, f"Kafka did not take everything in {timeout:g} s"
-        has_stopped = False
-        while not is_done():
-            self._check()
-            now = time.monotonic()
-            if self._stop is not None and self._stop.is_set() and not has_stopped:
-                has_stopped = True
-                if now + GRACE < deadline:
-                    deadline, why = now + GRACE, "stopped while Kafka had not taken everything"
-            if now >= deadline:
-                raise SinkError(f"{self._where}: {why}{self._because()}")
-        self._check()
-
-    def _because(self) -> str:
-        return f" ({self._cluster.complaint})" if self._cluster.complaint else ""
-
-    def _check(self) -> None:
-        self._cluster.check()
-        if self._failure:
-            raise SinkError(f"{self._where}: {self._failure}")
-
-    def _report(self, what: str, is_interim: bool, error: KafkaError | None, _: Message) -> None:
-        if error is None:
-            self.delivered += 1
-            self._cluster.went_well()
-            return
-        self.failed += 1
-        failure = f"{what} was not delivered: {self._cluster.words(error)}{self._because()}"
-        if is_interim:
-            _log.warning("%s: %s", self._where, failure)
-        else:
-            self._failure = self._failure or failure
 
 
 def _name(output: Output) -> str:
