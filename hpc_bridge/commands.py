@@ -209,6 +209,7 @@ def _manage(state: Path, wanted: "Sequence[Beamline]", sites: "Mapping[str, Site
     from hpc_bridge.manager import Manager
 
     logging.getLogger("hpc_bridge").setLevel(logging.INFO)
+    logging.getLogger("parsl").setLevel(logging.CRITICAL)  # what goes wrong is told by us, once
     with Manager(state) as manager, _stopped_by_signals() as stop:
         for beamline in wanted:
             manager.up(beamline, sites)

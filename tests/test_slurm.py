@@ -190,21 +190,6 @@ def test_a_controller_that_is_down_is_unreachable_and_nothing_is_lost_or_doubled
     assert scheduler.list(never.name) == []
 
 
-def test_where_the_accounting_is_down_squeue_is_enough(scheduler, slurm, directory, caplog):
-    asked = spec(directory)
-    job = scheduler.submit(asked)
-    active(scheduler, job)
-    slurm.stop_accounting()
-    try:
-        assert set(scheduler.status([job, "999999"])) == {job}
-        assert [found.id for found in scheduler.list(asked.name)] == [job]
-        with pytest.raises(SchedulerUnreachable, match="Connection refused"):
-            scheduler.used(ACCOUNT, since=0)
-    finally:
-        slurm.start_accounting()
-    assert "Connection refused" in caplog.text
-
-
 def test_what_squeue_has_forgotten_is_told_by_the_accounting_once_it_is_over(scheduler, slurm, directory):
     # To somebody else, squeue --me tells nothing of our jobs.
     as_other = 'case "$*" in *squeue*) exec runuser -u daemon -- "$@";; *) exec "$@";; esac'
@@ -326,3 +311,18 @@ def test_a_job_costs_its_time_on_all_of_its_nodes(scheduler, directory):
     assert usage.node_seconds == pytest.approx(2 * (ended.ended - ended.started))
     assert scheduler.used(SMALL_ACCOUNT, since) == []
     assert scheduler.used(ACCOUNT, time.time() + 60) == []
+
+
+def test_where_the_accounting_is_down_squeue_is_enough(scheduler, slurm, directory, caplog):
+    asked = spec(directory)
+    job = scheduler.submit(asked)
+    active(scheduler, job)
+    slurm.stop_accounting()
+    try:
+        assert set(scheduler.status([job, "999999"])) == {job}
+        assert [found.id for found in scheduler.list(asked.name)] == [job]
+        with pytest.raises(SchedulerUnreachable, match="Connection refused"):
+            scheduler.used(ACCOUNT, since=0)
+    finally:
+        slurm.start_accounting()
+    assert "Connection refused" in caplog.text

@@ -32,7 +32,7 @@ class Frames:
         return iter(self.messages)
 
 
-def batch(age, n=11):
+def batch(age, n=301):
     """Frames of which the last one ended so many seconds ago."""
     begin = time.time() - age - 0.01 * (n - 1) - 0.009
     return FrameBatch(run="run-1", first=0, frames=np.zeros((n, 6, 50), "<u2"), timestamp_ns=round(1e9 * begin))
@@ -106,7 +106,7 @@ def test_a_region_that_comes_or_goes_is_told_at_once_and_its_frames_stay_counted
             assert len([*one, *other]) == 4
         told = waited_for(path, lambda told: not told["regions"])
         assert time.monotonic() - began < 0.5
-        assert told["frames"] == 22
+        assert told["frames"] == 602
 
 
 def test_a_status_that_cannot_be_written_is_told_once_and_stops_nobody(tmp_path, caplog):
