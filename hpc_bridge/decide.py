@@ -81,7 +81,7 @@ def decide(
     wanted
         How many pilots shall serve, at most `max_nodes`.
     views
-        The leases that are not over, oldest first.
+        The leases, oldest first.
     ladder
         The first rung that is open and has room is taken.
     submits_left

@@ -143,7 +143,7 @@ class Leases:
 
     @classmethod
     def look(cls, path: Path) -> Self:
-        """Open the record to read it, whether a manager has it or not."""
+        """Open the record to read it, whether a manager has it or not; who goes on looking opens it each time."""
         if not path.is_file():
             raise RecordError(f"{path}: there is no such record")
         # Whoever may only read could not make the files that WAL needs; without them nobody writes.

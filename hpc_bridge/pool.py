@@ -71,9 +71,9 @@ class Pool:
     leases
         The record, which may be shared with pools of other beamlines.
     now
-        Since when pilots can be heard. All times are seconds of the Unix epoch by one clock, that of `Heard.at`. Should
-        `orders` not be called for longer than `lost_after`, or the clock be set, then nobody is held to have been
-        silent meanwhile.
+        Since when pilots can be heard. All times are seconds of the Unix epoch by one clock, that of `Heard.at`, which
+        should not be set back: until it has caught up what is seen seems old. Should `orders` not be called for longer
+        than `lost_after`, then nobody is held to have been silent meanwhile.
 
     Raises
     ------
@@ -102,6 +102,7 @@ class Pool:
         self._cancelled: dict[tuple[str, str], float] = {}
         self._submit_ended: dict[str, float] = {}
         """When it was no more under way to submit a lease of this process; infinite while it is."""
+        self._lost_after = min(site.heartbeats.lost_after.total_seconds() for site in self._sites.values())
         self._listening_since = self._last = now
 
     def listed(self, site: str, asked: float, jobs: Sequence[Job]) -> None:
@@ -195,7 +196,10 @@ class Pool:
         RecordError
             The record cannot be written: then nothing may be done.
         """
-        self._mind_own_absence(now)
+        if now - self._last > self._lost_after:
+            _log.warning("%s: away for %.0f s", self._beamline.beamline, now - self._last)
+            self._listening_since = now
+        self._last = now
         views = self.views(now)
         for view in views:
             if view.state is State.OVER:
@@ -203,7 +207,7 @@ class Pool:
         actions = decide(
             now=now,
             wanted=min(wanted, self._beamline.max_nodes),
-            views=[view for view in views if view.state is not State.OVER],
+            views=views,
             ladder=self._ladder(now),
             submits_left={name: self._submits_left(site, now) for name, site in self._sites.items()},
             unreachable_since=self._unreachable_since,
@@ -220,13 +224,6 @@ class Pool:
                 case Pause(site=site, queue=queue, why=why):
                     self._pass_by(site, queue, why, now)
         return [*orders, *self._cancels(now)]
-
-    def _mind_own_absence(self, now: float) -> None:
-        lost_after = min(site.heartbeats.lost_after.total_seconds() for site in self._sites.values())
-        if not 0 <= now - self._last <= lost_after:
-            _log.warning("%s: away for %.0f s: pilots have time to be heard", self._beamline.beamline, now - self._last)
-            self._listening_since = now
-        self._last = now
 
     def _by_lease(self, site: str) -> dict[str, Job]:
         told: dict[str, Job] = {}
@@ -328,15 +325,11 @@ class Pool:
         orders: list[Order] = []
         self._cancelled = {job: at for job, at in self._cancelled.items() if 0 <= now - at < CANCEL_AGAIN}
         for site, (asked, jobs) in self._listings.items():
-            gone = {job.id for job in jobs if job.state.is_final}
-            unwanted = {
-                lease.job_id: lease.reason
-                for lease in self._open.values()
-                if lease.site == site and lease.stage is Stage.CANCELLING and lease.job_id not in (None, *gone)
-            }
+            leaving = [lease for lease in self._open.values() if lease.stage is Stage.CANCELLING and lease.site == site]
+            unwanted = {lease.job_id: lease.reason for lease in leaving if lease.job_id is not None}
             unwanted |= {job.id: why for job in jobs if (why := self._why_orphan(job, asked)) is not None}
             for job_id, why in unwanted.items():
-                if job_id is not None and site not in self._unreachable_since and (site, job_id) not in self._cancelled:
+                if site not in self._unreachable_since and (site, job_id) not in self._cancelled:
                     self._cancelled[site, job_id] = now
                     orders.append(CancelJob(site, job_id, why))
         return orders

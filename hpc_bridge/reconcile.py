@@ -17,10 +17,7 @@ from hpc_bridge.job import Job, JobState
 from hpc_bridge.leases import Lease, Stage
 
 ABSENT_AFTER = 30.0
-"""A job is gone that was in no listing for so long (s) ..."""
-
-ABSENT_LISTINGS = 2
-"""... and in none of so many, at least."""
+"""A job is gone that was in no listing, where the first and the last were asked for so far apart (s)."""
 
 MISSED_BEATS = 2
 """A pilot that missed so many cannot prove that its job, listed as waiting, does run."""
@@ -50,28 +47,27 @@ class Sighting:
     """As it was told of last."""
     asked: float = -math.inf
     """When `job` was told of."""
-    n_missed: int = 0
-    """Listings without it since then, or since its pilot was heard of."""
     missed_since: float = math.inf
+    """First listing without it since then, or since its pilot was heard of."""
     missed_until: float = -math.inf
+    """Last one."""
 
     def told(self, job: Job, asked: float) -> Self:
         """Take a listing that has the job."""
-        return replace(self, job=job, asked=asked, n_missed=0, missed_since=math.inf, missed_until=-math.inf)
+        return replace(self.heard(), job=job, asked=asked)
 
     def missed(self, asked: float) -> Self:
         """Take a listing that does not have it."""
-        since = min(self.missed_since, asked)
-        return replace(self, n_missed=self.n_missed + 1, missed_since=since, missed_until=asked)
+        return replace(self, missed_since=min(self.missed_since, asked), missed_until=asked)
 
     def heard(self) -> Self:
         """Forget that listings did not have it."""
-        return replace(self, n_missed=0, missed_since=math.inf, missed_until=-math.inf)
+        return replace(self, missed_since=math.inf, missed_until=-math.inf)
 
     @property
     def is_absent(self) -> bool:
-        """Whether it was missed often and long enough."""
-        return self.n_missed >= ABSENT_LISTINGS and self.missed_until - self.missed_since >= ABSENT_AFTER
+        """Whether it was missed for long, by two listings at least."""
+        return self.missed_until - self.missed_since >= ABSENT_AFTER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

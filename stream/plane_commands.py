@@ -160,7 +160,7 @@ def worker(
         typer.Option(
             metavar="FILE",
             help="Tell here how this worker is, as JSON: every second, and at once when its regions change. ready: its "
-            "kernels are compiled and it takes part; regions: those that it has; frames: that it has correlated; "
+            "kernels are compiled; regions: those that it has; frames: that it has correlated; "
             "lag_s: how long ago the frames ended at which it is, 0 when there are none left, null where that is not "
             "known; message: what it waits for.",
         ),
@@ -188,7 +188,7 @@ def worker(
         told.say("compiling kernels")
         compile_kernels(make, roimap, lambda text: typer.echo(text, err=True))
         gc.freeze()  # looking through all that numba made takes a second when a process ends
-        told.say("waiting for a gateway")
+        told.say("waiting for a gateway", ready=True)
         stop = stack.enter_context(stopped_by_signals())
         there.wait(stop)
         if stop.is_set():

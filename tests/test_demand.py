@@ -85,6 +85,8 @@ def test_a_manager_that_starts_again_wants_what_it_wanted():
     assert wanted(demand([Run(run="a", began=0.0, ended=None)]), 5000.0) == 2
     assert wanted(demand([Run(run="a", began=0.0, ended=4900.0)]), 5000.0) == 2
     assert wanted(demand([Run(run="a", began=0.0, ended=4000.0)]), 5000.0) == 1
+    both = [Run(run="a", began=0.0, ended=4900.0), Run(run="b", began=1.0, ended=2.0)]
+    assert wanted(demand(both), 5000.0) == 2
 
 
 GROWS = {"run_engine": None, "grow_at_lag": timedelta(seconds=5), "grow_after": timedelta(seconds=30)}

@@ -222,6 +222,7 @@ with Leases.open(Path(sys.argv[1])):
 
 
 def test_only_one_manager_has_a_record_and_the_second_is_told_who(path):
+    path.with_name("leases.lock").write_text("1" * 20)  # of an earlier one
     with subprocess.Popen([sys.executable, "-c", HOLDER, path], stdin=-1, stdout=-1, text=True) as holder:
         assert holder.stdout.readline() == "open\n"
         with pytest.raises(RecordError, match=f"process {holder.pid}$"):

@@ -286,13 +286,34 @@ def test_an_orphan_that_is_over_is_left_alone(pool):
     assert pool.orders(NOW + 1, 0) == []
 
 
-def test_of_two_jobs_of_one_lease_one_stays(pool):
+@pytest.mark.parametrize("turn", [1, -1])
+def test_of_two_jobs_of_one_lease_the_one_that_runs_stays(pool, turn):
     lease = one(pool)
-    both = [job(lease, "17", JobState.QUEUED), job(lease, "18", JobState.ACTIVE)]
+    both = [job(lease, "17", JobState.QUEUED), job(lease, "18", JobState.ACTIVE)][::turn]
     pool.listed("near", NOW + 1, both)
     assert [order.job_id for order in pool.orders(NOW + 1, 1)] == ["17"]
     pool.listed("near", NOW + 2, both)
     assert states(pool, NOW + 2) == [State.STARTING]
+
+
+def test_of_two_jobs_of_one_lease_the_one_that_we_know_stays(pool):
+    lease = one(pool)
+    pool.submitted(lease.lease, "17", NOW)
+    pool.listed("near", NOW + 1, [job(lease, "17", JobState.QUEUED), job(lease, "18", JobState.ACTIVE)])
+    assert [order.job_id for order in pool.orders(NOW + 1, 1)] == ["18"]
+    assert states(pool, NOW + 1) == [State.QUEUED]
+
+
+def test_a_pilot_that_was_never_listed_while_it_was_heard_is_silent_and_not_over_when_it_is_no_more(pool, leases):
+    lease = served(pool, leases)
+    for after in range(3, 100):
+        pool.heard(heartbeat(lease.lease, at=NOW + after))
+        pool.listed("near", NOW + after, [])
+        assert pool.orders(NOW + after, 1) == []
+    pool.listed("near", NOW + 105, [])
+    pool.orders(NOW + 105, 1)
+    pool.listed("near", NOW + 110, [])
+    assert states(pool, NOW + 110) == [State.SILENT]
 
 
 def test_the_job_of_a_pilot_that_ended_has_a_moment_to_end_too(pool, leases):
@@ -387,14 +408,21 @@ def test_sites_that_are_not_known_are_refused_by_name(leases):
         Pool(beamline(sites=("near",)), SITES, leases, now=NOW)
 
 
-@pytest.mark.parametrize("step", [300.0, -300.0])
-def test_when_the_clock_is_set_or_the_manager_was_away_nobody_is_taken_for_lost(pool, leases, step):
-    lease = served(pool, leases)
-    pool.orders(NOW + 3, 1)
-    assert pool.orders(NOW + 3 + step, 1) == []
-    assert pool.orders(NOW + 9 + step, 1) == []
-    pool.heard(heartbeat(lease.lease, at=NOW + 10 + step))
-    assert pool.orders(NOW + 12 + step, 1) == []
+def test_while_the_manager_was_away_nobody_was_silent(pool, leases):
+    alive = served(pool, leases)
+    [dead] = [order.lease for order in pool.orders(NOW + 3, 2)]
+    pool.submitted(dead.lease, "18", NOW + 3)
+    pool.heard(heartbeat(dead.lease, at=NOW + 4))
+    back = NOW + 300
+
+    def go_on(after):
+        pool.listed("near", back + after, [job(alive), job(dead, "18")])
+        pool.heard(heartbeat(alive.lease, at=back + after))
+        return pool.orders(back + after, 2)
+
+    assert pool.orders(back, 2) == go_on(1) == go_on(10) == []
+    submit, cancel = go_on(11)
+    assert (submit.lease.queue, cancel.job_id) == ("demand", "18")
 
 
 def test_a_queue_that_is_no_more_in_the_file_of_its_site_keeps_its_jobs(pool, leases, monkeypatch):

@@ -105,10 +105,10 @@ def test_after_any_faults_all_that_is_wanted_serves_again_and_nothing_is_left_in
         while due and due[0][0] <= it.now - T0:
             fault(it, *due.pop(0)[1:])
     it.wanted = 4
-    it.pass_until(lambda: it.pool is not None and it.n_serving >= 4, within=400)
+    it.pass_until(lambda: it.pool is not None and it.n_serving >= 4, within=300)
     it.wanted = 0
-    it.pass_until(lambda: it.pool is not None and not it.waiting_or_running and not it.pilots, within=400)
-    it.pass_until(lambda: not it.leases.open_leases(), within=60)
+    it.pass_until(lambda: it.pool is not None and not it.waiting_or_running and not it.pilots, within=300)
+    it.pass_until(lambda: not it.leases.open_leases(), within=150)
     it.close()
 
 
