@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 bin := $(VENV)/bin
 # Most tests wait for other processes, so several files go at once.
-together := --numprocesses=auto --maxprocesses=4 --dist=loadfile
+together := --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: demo test kafka slurm clean test-pbs
 

@@ -1,5 +1,7 @@
 """The only place that names the classes of schedulers, and what a job of ours is."""
 
+from itertools import chain
+
 from hpc_bridge.config import Beamline, Site
 from hpc_bridge.curve import ManagerKeys
 from hpc_bridge.errors import ConfigError
@@ -55,20 +57,22 @@ def keys_of(site: Site) -> ManagerKeys | None:
 
 def job_of(lease: Lease, site: Site, beamline: Beamline) -> JobSpec:
     """Return the job of a lease: a pilot that runs the beamline's command."""
-    [queue] = [queue for queue in site.queues if queue.name == lease.queue]
-    beats = site.heartbeats
-    options = {
-        "--lease": lease.lease,
-        "--manager": beats.address,
-        "--every": f"{beats.every.total_seconds():g}",
+    terms = {
+        "--every": f"{site.heartbeats.every.total_seconds():g}",
         "--alone": f"{site.alone.total_seconds():g}",
         "--grace": f"{site.drain.total_seconds():g}",
         "--requeue-code": str(site.requeue_code),
-        "--secret-key": beats.pilot_secret_key,
-        "--manager-key": beats.manager_key,
     }
-    given = [str(word) for name, value in options.items() if value is not None for word in (name, value)]
-    return job(lease.name, ("pilot", *given, "--", *beamline.command), site, queue.name, beamline)
+    words = ("pilot", *way_home(site, lease.lease), *chain(*terms.items()), "--", *beamline.command)
+    return job(lease.name, words, site, lease.queue, beamline)
+
+
+def way_home(site: Site, lease: str) -> list[str]:
+    """Return the options of a pilot by which it finds its manager, and is known there."""
+    beats = site.heartbeats
+    keys = {"--secret-key": beats.pilot_secret_key, "--manager-key": beats.manager_key}
+    given = [str(word) for name, file in keys.items() if file is not None for word in (name, file)]
+    return ["--lease", lease, "--manager", beats.address, *given]
 
 
 def job(name: str, arguments: tuple[str, ...], site: Site, rung: str, beamline: Beamline) -> JobSpec:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_bridge.assembly import job, keys_of, scheduler_of
+from hpc_bridge.assembly import job, keys_of, scheduler_of, way_home
 from hpc_bridge.config import Beamline, Queue, Site
 from hpc_bridge.errors import BridgeError
 from hpc_bridge.hearing import Hearing
@@ -58,7 +58,8 @@ def prove(
 
     def step(name: str, error: BridgeError | None, detail: str = "") -> Step:
         seconds = time.monotonic() - began
-        return Step(where=site.site, name=name, ok=error is None, detail=str(error or detail), seconds=seconds)
+        said = [str(each) for each in (error, detail) if each]
+        return Step(where=site.site, name=name, ok=error is None, detail="; ".join(said), seconds=seconds)
 
     rungs = [queue for queue in site.queues if not queues or queue.name in queues]
     try:
@@ -82,11 +83,7 @@ def prove(
         yield step("heartbeats can come", None, site.heartbeats.bind)
         for rung in rungs:
             lease = secrets.token_hex(6)
-            options = {"--lease": lease, "--manager": site.heartbeats.address}
-            if site.heartbeats.pilot_secret_key is not None:
-                options["--secret-key"] = str(site.heartbeats.pilot_secret_key)
-                options["--manager-key"] = str(site.heartbeats.manager_key)
-            arguments = ["pilot", "--trial", *(word for pair in options.items() for word in pair)]
+            arguments = ["pilot", "--trial", *way_home(site, lease)]
             arguments += [word for address in reach for word in ("--reach", address)]
             arguments += [word for directory in writable for word in ("--writable", str(directory))]
             spec = job(f"xbcheck-{lease}", (*arguments, "--", *command), site, rung.name, beamline)

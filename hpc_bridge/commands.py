@@ -240,20 +240,28 @@ def _detach(state: Path, arguments: Sequence[str]) -> None:
             continue
         typer.echo(f"manager {process.pid} writes {log}", err=True)
         return
-    raise BridgeError(f"the manager ended with {process.returncode}: {log.read_text().splitlines()[-1]}")
+    said = log.read_text(errors="replace").splitlines() or ["nothing"]
+    raise BridgeError(f"the manager ended with {process.returncode}, and said: {said[-1]}")
 
 
 def _wait_until_gone(state: Path, beamlines: Sequence[str]) -> None:
     from hpc_bridge.control import NoManager, ask
+    from hpc_bridge.errors import BridgeError
+    from hpc_bridge.leases import Leases
+    from hpc_bridge.state import StateDirectory
 
     with _stopped_by_signals() as stop:
-        while not stop.wait(0.2):
+        there = set(beamlines)
+        while there & set(beamlines):
+            if stop.wait(0.2):
+                raise BridgeError(f"{', '.join(beamlines)}: not gone yet; the manager goes on with it")
             try:
-                there = ask(state, {"do": "status"})["beamlines"]
+                there = set(ask(state, {"do": "status"})["beamlines"])
             except NoManager:
-                return
-            if not set(beamlines) & set(there):
-                return
+                break
+    with Leases.look(StateDirectory(state).record) as leases:
+        if left := [lease.name for name in beamlines for lease in leases.open_leases(name)]:
+            raise BridgeError(f"the manager was ended before {', '.join(left)} were gone: again hpc-bridge down")
 
 
 def _reported(state: Path) -> Mapping[str, Any]:

@@ -1,7 +1,7 @@
 """What the YAML file of a site, and that of a beamline, may say; `docs/` has an example of each that says all of it."""
 
 import re
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -84,7 +84,7 @@ class Site(_Section):
     site: Name
     scheduler: Literal["slurm", "pbs", "local"]
     directory: Path
-    """For scripts and output of jobs, on a file system that the nodes reach."""
+    """For scripts and output of jobs, on a file system that the nodes reach, and the manager's machine, too."""
     submit_through: tuple[str, ...] = ()
     """Put before every command of the scheduler: ``[sudo, -n, -u, svc8idi]``, ``[ssh, -i, KEY, svc8idi@login]``."""
     credentials: tuple[Path, ...] = ()
@@ -136,8 +136,13 @@ class Account(_Section):
     """Of Slurm, or project::suballocation of PBS."""
     node_hours: float | None = Field(default=None, gt=0)
     """What this beamline may use of it. None: as much as the scheduler lets."""
-    since: str | None = None
+    since: datetime | None = None
     """From when what was used counts, ISO 8601. None: all that is on record."""
+
+    @property
+    def begins(self) -> float:
+        """The same in seconds of the Unix epoch."""
+        return 0.0 if self.since is None else self.since.astimezone().timestamp()
 
 
 class Beamline(_Section):
@@ -152,6 +157,7 @@ class Beamline(_Section):
     """What a pilot runs on its node; ``{status}`` in it stands for a file where it tells how it is, ``{name}`` for the
     lease."""
     environment: dict[str, str] = Field(default_factory=dict)
+    """Of the command. It stands in the job's script, as `command` does: nothing secret here, but where it is."""
     nodes: int = Field(default=1, ge=0)
     """While a run is on, or always if no run engine is followed."""
     idle_nodes: int = Field(default=0, ge=0)
@@ -195,11 +201,25 @@ def read(file: Path, model: type[_Model]) -> _Model:
         document = yaml.safe_load(file.read_text())
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not YAML: {error}") from None
+    try:
+        return checked(document, model)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+
+
+def checked(document: object, model: type[_Model]) -> _Model:
+    """Return what a document says of a site or of a beamline.
+
+    Raises
+    ------
+    ConfigError
+        Names the place in it, and what is wrong.
+    """
     try:
         return model.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{file}: {place}: {first['msg']}" if place else f"{file}: {first['msg']}") from None
+        raise ConfigError(f"{place}: {first['msg']}" if place else first["msg"]) from None

@@ -72,9 +72,9 @@ def ask(state: Path, asked: Mapping[str, Any], within: float = 10.0) -> Mapping[
     Raises
     ------
     NoManager
-        Nobody answers.
+        There is none.
     BridgeError
-        It refuses; its words.
+        It refuses, in its words; or does not answer.
     """
     address = _address(state)
     # ZeroMQ would wait for somebody to come.
@@ -90,7 +90,7 @@ def ask(state: Path, asked: Mapping[str, Any], within: float = 10.0) -> Mapping[
         asking.connect(address)
         asking.send(json.dumps(asked).encode())
         if not asking.poll(round(1000 * within)):
-            raise NoManager(f"{state}: the manager did not answer within {within:g} s")
+            raise BridgeError(f"{state}: its manager did not answer within {within:g} s")
         told = _object(asking.recv())
     finally:
         asking.close()

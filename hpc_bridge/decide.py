@@ -16,7 +16,7 @@ from hpc_bridge.leases import Pause, Stage
 from hpc_bridge.reconcile import State, View
 
 DRAINED_WITHIN = 60.0
-"""A pilot that was told to drain and is still there after so long is cancelled (s)."""
+"""A pilot that was told to drain and is still there so long (s) after the time that it has for it is cancelled."""
 
 WAITED = 60.0
 """A job that waited so long (s), while better rungs are open or its site is out of reach, gets company elsewhere."""
@@ -73,6 +73,7 @@ def decide(
     ladder: Sequence[Rung],
     submits_left: Mapping[str, int],
     unreachable_since: Mapping[str, float],
+    lets_go: bool = True,
 ) -> list[Action]:
     """Return what is to be done, in order; nothing twice, if it is written down what was done.
 
@@ -88,12 +89,15 @@ def decide(
         How many jobs may be submitted at each site now.
     unreachable_since
         Sites that do not answer.
+    lets_go
+        Whether pilots go of which there are more than wanted.
     """
     decision = _Decision(now, views, ladder, submits_left, unreachable_since)
     decision.end_what_cannot_serve(views)
     decision.give_up_waiting()
     decision.relieve()
-    decision.shrink(wanted)
+    if lets_go:
+        decision.shrink(wanted)
     decision.grow(wanted)
     decision.hand_over()
     decision.look_elsewhere()
@@ -126,8 +130,9 @@ class _Decision:
             if view.is_requeued or view.state is State.SILENT:
                 self._cancel(view, view.why)
             elif lease.leaving_since is not None:
-                if self._now - lease.leaving_since > DRAINED_WITHIN:
-                    self._cancel(view, f"it did not end within {DRAINED_WITHIN:g} s")
+                within = self._sites[lease.site].drain.total_seconds() + DRAINED_WITHIN
+                if self._now - lease.leaving_since > within:
+                    self._cancel(view, f"it did not end within {within:g} s")
             elif view.state is State.DRAINING:
                 self._drain(view, view.why)
 

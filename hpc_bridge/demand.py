@@ -16,13 +16,16 @@ class Demand:
     ----------
     runs
         Those on record, that are on or ended a while ago (`linger` at least).
+    has
+        How many pilots there are already: those beyond `nodes` and `spares` came since others lagged behind.
     """
 
-    def __init__(self, beamline: Beamline, runs: Iterable[Run] = ()) -> None:
+    def __init__(self, beamline: Beamline, runs: Iterable[Run] = (), *, has: int = 0) -> None:
         self._beamline = beamline
         self._on: dict[str, float] = {}
         self._last_stop: float | None = None
-        self._more = 0
+        base = beamline.nodes + beamline.spares
+        self._more = max(0, min(has, beamline.max_nodes) - base)
         self._lags_since: float | None = None
         self._keeps_up_since: float | None = None
         for run in runs:

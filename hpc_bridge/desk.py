@@ -3,11 +3,12 @@
 import logging
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
 
-from hpc_bridge.errors import BridgeError, SchedulerRefused, SchedulerUnreachable
+from hpc_bridge.config import Site
+from hpc_bridge.errors import BridgeError, SchedulerRefused
 from hpc_bridge.job import Job, JobSpec
 from hpc_bridge.scheduler import Scheduler
 
@@ -15,6 +16,9 @@ _log = logging.getLogger(__name__)
 
 PREFIX = "xb-"
 """Of the names of all jobs of ours."""
+
+OVERDUE = 3.0
+"""Times that a command may take, after which a site is said to hang: a file system may, where no command does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,22 +48,27 @@ class Desk:
     Parameters
     ----------
     answers
-        Where what came of them is put.
+        Where what came of them is put. Every submission has its answer, whatever happens.
     """
 
-    def __init__(self, site: str, scheduler: Scheduler, answers: "SimpleQueue[Listed | Submitted]") -> None:
-        self._site, self._scheduler, self._answers = site, scheduler, answers
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=site)
-        self._is_listing = False
-        self._next_listing = 0.0
+    def __init__(self, site: Site, scheduler: Scheduler, answers: "SimpleQueue[Listed | Submitted]") -> None:
+        self._site, self._scheduler, self._answers = site.site, scheduler, answers
+        self._every = site.list_every.total_seconds()
+        self._patience = OVERDUE * site.command_timeout.total_seconds()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=site.site)
+        self._listing: Future[None] | None = None
+        self._next_listing = self._overdue = 0.0
 
-    def list(self, every: float) -> None:
-        """Ask for the jobs, unless that was done less than `every` seconds ago."""
-        if self._is_listing or time.monotonic() < self._next_listing:
-            return
-        self._is_listing = True
-        self._next_listing = time.monotonic() + every
-        self._thread.submit(self._list)
+    def list(self) -> None:
+        """Ask for the jobs when it is time; one that takes too long is told of as no answer."""
+        now = time.monotonic()
+        if self._listing is not None and not self._listing.done():
+            if now > self._overdue:
+                self._overdue = now + self._patience
+                self._answers.put(Listed(site=self._site, asked=time.time(), jobs=None, why="it hangs"))
+        elif now >= self._next_listing:
+            self._next_listing, self._overdue = now + self._every, now + self._patience
+            self._listing = self._thread.submit(self._list)
 
     def submit(self, lease: str, spec: JobSpec) -> None:
         """Submit the job of a lease."""
@@ -77,23 +86,28 @@ class Desk:
         asked = time.time()
         try:
             listed = Listed(site=self._site, asked=asked, jobs=self._scheduler.list(PREFIX))
-        except BridgeError as error:
-            listed = Listed(site=self._site, asked=asked, jobs=None, why=str(error))
-        self._is_listing = False
+        except Exception as error:  # noqa: BLE001 - nobody else would hear of it
+            listed = Listed(site=self._site, asked=asked, jobs=None, why=self._words(error))
         self._answers.put(listed)
 
     def _submit(self, lease: str, spec: JobSpec) -> None:
+        job_id, refused = None, ""
         try:
             job_id = self._scheduler.submit(spec)
-            self._answers.put(Submitted(lease=lease, at=time.time(), job_id=job_id))
         except SchedulerRefused as error:
-            self._answers.put(Submitted(lease=lease, at=time.time(), refused=str(error)))
-        except BridgeError as error:
-            _log.warning("%s: %s", self._site, error)
-            self._answers.put(Submitted(lease=lease, at=time.time()))
+            refused = str(error)
+        except Exception as error:  # noqa: BLE001 - the lease waits for its answer
+            _log.warning("%s: %s", self._site, self._words(error))
+        self._answers.put(Submitted(lease=lease, at=time.time(), job_id=job_id, refused=refused))
 
     def _cancel(self, job_id: str) -> None:
         try:
             self._scheduler.cancel([job_id])
-        except (SchedulerRefused, SchedulerUnreachable) as error:
-            _log.warning("%s: job %s is not cancelled yet: %s", self._site, job_id, error)
+        except Exception as error:  # noqa: BLE001 - it is cancelled again later
+            _log.warning("%s: job %s is not cancelled yet: %s", self._site, job_id, self._words(error))
+
+    def _words(self, error: Exception) -> str:
+        if isinstance(error, BridgeError):
+            return str(error)
+        _log.error("%s: this is our own mistake", self._site, exc_info=error)
+        return f"{type(error).__name__}: {error}"

@@ -92,10 +92,6 @@ class Hearing:
         """The newest heartbeat of each lease."""
         return self._heard
 
-    def forget(self, lease: str) -> None:
-        """Forget a lease that is over."""
-        self._heard.pop(lease, None)
-
     def poll(self, within: float) -> list[Heard]:
         """Return what was heard since the last time, in order; wait for it `within` seconds if there is nothing.
 

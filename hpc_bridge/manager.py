@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from hpc_bridge.assembly import job_of, keys_of, scheduler_of
-from hpc_bridge.config import Beamline, Site
+from hpc_bridge.config import Beamline, Site, checked
 from hpc_bridge.control import Control
 from hpc_bridge.demand import Demand
 from hpc_bridge.desk import Desk, Listed, Submitted
@@ -68,7 +68,7 @@ class Manager:
         try:
             sites = self._directory.sites()
             for beamline, is_let_go in self._directory.beamlines():
-                self._hold(beamline, sites, is_let_go=is_let_go)
+                self._beamlines[beamline.beamline] = self._held(beamline, sites, is_let_go=is_let_go)
         except BridgeError:
             self.close()
             raise
@@ -106,8 +106,8 @@ class Manager:
                     for held in self._beamlines.values():
                         held.pool.heard(heard)
             self._take_answers()
-            for name, desk in self._desks.items():
-                desk.list(self._sites[name].list_every.total_seconds())
+            for desk in self._desks.values():
+                desk.list()
             for name, held in list(self._beamlines.items()):
                 self._give_orders(held)
                 if held.is_let_go and not self._leases.open_leases(name):
@@ -132,11 +132,22 @@ class Manager:
         for name in beamline.sites:
             if name in sites and name in self._sites and sites[name] != self._sites[name]:
                 raise ConfigError(f"site {name} is held with other settings: take its beamlines down first")
-        before = self._beamlines.get(beamline.beamline)
-        self._hold(beamline, {**sites, **self._sites}, is_let_go=False)
-        if before is not None:
-            before.close()
-        self._directory.keep(beamline, [self._sites[name] for name in beamline.sites])
+        known = {**sites, **self._sites}
+        held = None
+        try:
+            held = self._held(beamline, known, is_let_go=False)
+            self._see_that_it_is_paid(held, known)
+            self._directory.keep(beamline, [known[name] for name in beamline.sites])
+            before = self._beamlines.get(beamline.beamline)
+            self._beamlines[beamline.beamline] = held
+            if before is not None:
+                before.close()
+        except BridgeError:
+            if held is not None:
+                held.close()
+            raise
+        finally:
+            self._leave_sites()
 
     def down(self, beamline: str) -> None:
         """Let the nodes of a beamline go."""
@@ -159,34 +170,27 @@ class Manager:
             },
         }
 
-    def _hold(self, beamline: Beamline, sites: Mapping[str, Site], *, is_let_go: bool) -> None:
-        now = time.time()
+    def _held(self, beamline: Beamline, sites: Mapping[str, Site], *, is_let_go: bool) -> "_Held":
         if missing := [name for name in beamline.sites if name not in sites]:
             raise ConfigError(f"beamline {beamline.beamline}: nothing is said of site {', '.join(missing)}")
-        pool = Pool(beamline, sites, self._leases, now=now)
-        if not is_let_go:
-            self._see_that_it_is_paid(beamline, pool, sites, now)
+        pool = Pool(beamline, sites, self._leases, now=time.time())
+        for name in beamline.sites:
+            self._serve(sites[name])
         runs = None
         if beamline.run_engine is not None:
             group = f"{beamline.beamline}.hpc-bridge"
             runs = runs_of(beamline.run_engine, group=group, properties=beamline.kafka_properties)
-        held = _Held(beamline, pool, self._leases, runs, is_let_go=is_let_go)
-        try:
-            for name in beamline.sites:
-                self._serve(sites[name])
-        except BridgeError:
-            held.close()
-            raise
-        self._beamlines[beamline.beamline] = held
+        return _Held(beamline, pool, self._leases, runs, is_let_go=is_let_go)
 
-    def _see_that_it_is_paid(self, beamline: Beamline, pool: Pool, sites: Mapping[str, Site], now: float) -> None:
+    def _see_that_it_is_paid(self, held: "_Held", sites: Mapping[str, Site]) -> None:
+        beamline = held.beamline
         has = len(self._leases.open_leases(beamline.beamline))
         wants = max(0, (beamline.nodes or beamline.idle_nodes) + beamline.spares - has)
         refusals = []
         for name in beamline.sites:
             try:
                 shortest = min(queue.walltime for queue in sites[name].queues).total_seconds()
-                pool.check_budget(name, wants * shortest, now)
+                held.pool.check_budget(name, wants * shortest, time.time())
             except BudgetExceeded as error:
                 refusals.append(error)
         if len(refusals) == len(beamline.sites):
@@ -195,12 +199,26 @@ class Manager:
     def _serve(self, site: Site) -> None:
         if site.site in self._desks:
             return
+        for other in self._sites.values():
+            beats, theirs = site.heartbeats, other.heartbeats
+            if beats.bind == theirs.bind and (beats.secret_key, beats.allowed) != (theirs.secret_key, theirs.allowed):
+                raise ConfigError(f"sites {site.site} and {other.site} share {beats.bind}, and not its keys")
         scheduler, keys = scheduler_of(site), keys_of(site)
         bind = site.heartbeats.bind
         if bind not in self._ears:
             self._ears[bind] = Hearing(bind, self._tell_pilot, keys=keys)
         self._sites[site.site] = site
-        self._desks[site.site] = Desk(site.site, scheduler, self._answers)
+        self._desks[site.site] = Desk(site, scheduler, self._answers)
+
+    def _leave_sites(self) -> None:
+        """Let go of the sites that no beamline names any more."""
+        named = {name for held in self._beamlines.values() for name in held.beamline.sites}
+        for name in self._sites.keys() - named:
+            del self._sites[name]
+            self._said.pop(name, None)
+            self._desks.pop(name).close()
+        for bind in self._ears.keys() - {site.heartbeats.bind for site in self._sites.values()}:
+            self._ears.pop(bind).close()
 
     def _tell_pilot(self, lease: str) -> tuple[Do, str]:
         for held in self._beamlines.values():
@@ -262,14 +280,15 @@ class Manager:
         _log.info("%s is let go", name)
         self._beamlines.pop(name).close()
         self._directory.forget(name)
+        self._leave_sites()
 
     def _answer(self, asked: Mapping[str, Any]) -> Mapping[str, Any]:
         match asked:
             case {"do": "status"}:
                 return self.report()
             case {"do": "up", "beamline": dict(beamline), "sites": list(sites)}:
-                known = [Site.model_validate(site) for site in sites]
-                self.up(Beamline.model_validate(beamline), {site.site: site for site in known})
+                known = [checked(site, Site) for site in sites]
+                self.up(checked(beamline, Beamline), {site.site: site for site in known})
                 return {}
             case {"do": "down", "beamline": str(beamline)}:
                 self.down(beamline)
@@ -287,7 +306,8 @@ class _Held:
         self.wanted = 0
         self._leases = leases
         since = time.time() - beamline.linger.total_seconds()
-        self._demand = Demand(beamline, leases.runs(beamline.beamline, since))
+        has = len(leases.open_leases(beamline.beamline))
+        self._demand = Demand(beamline, leases.runs(beamline.beamline, since), has=has)
         self._runs = runs
 
     def close(self) -> None:

@@ -123,7 +123,7 @@ class Pbs:
             raise SchedulerRefused(f"{spec.name}: no script in {self._directory}: {error}") from None
         if job_id is None or not re.fullmatch(r"\d+\.\S+", job_id):
             raise SchedulerUnreachable(f"{what}: its answer {job_id!r} is no id of a job; it may run yet")
-        return str(job_id)
+        return _short(str(job_id))
 
     def status(self, ids: Sequence[str]) -> Mapping[str, Job]:
         """Return what qstat tells of jobs."""
@@ -136,7 +136,8 @@ class Pbs:
         deadline = self._deadline()
         since = time.strftime("%Y%m%d%H%M.%S", time.gmtime(time.time() - _REMEMBERED))
         ids = dict.fromkeys((*self._qselect(deadline), *self._qselect(deadline, "-x", f"-tm.gt.{since}")))
-        return [job for job in read_jobs(self._qstat(deadline, tuple(ids))) if job.name.startswith(prefix)]
+        jobs = read_jobs(self._qstat(deadline, tuple(ids)))
+        return [replace(job, id=_short(job.id)) for job in jobs if job.name.startswith(prefix)]
 
     def cancel(self, ids: Sequence[str]) -> None:
         """Delete jobs: PBS sends SIGTERM to all of their processes, and SIGKILL after the queue's ``kill_delay``."""
@@ -150,7 +151,7 @@ class Pbs:
         """Return node-seconds, of jobs that the server still knows."""
         deadline = self._deadline()
         usages = read_usages(self._qstat(deadline, self._qselect(deadline, "-x", "-A", account)), since)
-        return [usage for usage in usages if usage.account == account]
+        return [replace(usage, id=_short(usage.id)) for usage in usages if usage.account == account]
 
     def _qselect(self, deadline: float, *options: str) -> Sequence[str]:
         if self._user is None:
@@ -233,6 +234,11 @@ def _walltime(duration: timedelta) -> str:
 
 def _number(job_id: str) -> str:
     return job_id.partition(".")[0]
+
+
+def _short(job_id: str) -> str:
+    """Return ``7.server`` also for ``7.server.site.gov``: qsub and qstat need not agree."""
+    return ".".join(job_id.split(".")[:2])
 
 
 def _failure(what: str, complaints: str) -> SchedulerRefused | SchedulerUnreachable:

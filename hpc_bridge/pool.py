@@ -21,7 +21,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 
 from hpc_bridge import budget
 from hpc_bridge.config import Beamline, Site
@@ -40,6 +39,16 @@ CANCEL_AGAIN = 10.0
 
 ENDING = 10.0
 """How long (s) a job may be listed as running after its pilot said that it ended."""
+
+
+FAILURES = 3
+"""Pilots in a row that ended by themselves soon, after which their rung is passed by for a while."""
+
+STEADY = 60.0
+"""Not soon is after having served for so long (s)."""
+
+TAKEN = ("PREEMPTED", "NODE_FAIL", "CANCELLED", "REQUEUED", "BOOT_FAIL")
+"""Slurm's words for jobs that are not to blame."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +103,14 @@ class Pool:
                     f"beamline {beamline.beamline}: has leases at {name}, which is no more among its sites"
                 )
         self._sites = {name: sites[name] for name in beamline.sites}
-        self._since = {name: _since(account.since) for name, account in beamline.accounts.items()}
         self._sightings: dict[str, Sighting] = {}
         self._heard: dict[str, Heard] = {}
         self._listings: dict[str, tuple[float, Sequence[Job]]] = {}
         self._unreachable_since: dict[str, float] = {}
         self._cancelled: dict[tuple[str, str], float] = {}
+        self._drained: dict[str, float] = {}
+        """When pilots were told to go, by whomever."""
+        self._failures: Counter[tuple[str, str]] = Counter()
         self._submit_ended: dict[str, float] = {}
         """When it was no more under way to submit a lease of this process; infinite while it is."""
         self._lost_after = min(site.heartbeats.lost_after.total_seconds() for site in self._sites.values())
@@ -136,6 +147,8 @@ class Pool:
         if lease is None:
             return
         self._heard[lease.lease] = heard
+        if beat.state is Pilot.DRAINING:
+            self._drained[lease.lease] = heard.at
         self._sightings[lease.lease] = self._sightings.get(lease.lease, Sighting()).heard()
         if lease.started is None or not lease.node:
             began = min(max(heard.began, lease.created), heard.at)
@@ -203,6 +216,10 @@ class Pool:
         views = self.views(now)
         for view in views:
             if view.state is State.OVER:
+                if self._failed(view, now):
+                    self._mind_failure(view, now)
+                elif view.lease.serving_since is not None:
+                    self._failures[view.lease.site, view.lease.queue] = 0
                 self._end(view.lease, _ended(view, now), view.why)
         actions = decide(
             now=now,
@@ -211,6 +228,8 @@ class Pool:
             ladder=self._ladder(now),
             submits_left={name: self._submits_left(site, now) for name, site in self._sites.items()},
             unreachable_since=self._unreachable_since,
+            # Those that were not heard of yet would seem the least to lose.
+            lets_go=not wanted or now - self._listening_since > self._lost_after,
         )
         orders: list[Order] = []
         for action in actions:
@@ -221,9 +240,29 @@ class Pool:
                     self._leave(lease, Stage.DRAINING, why, now)
                 case Cancel(lease, why):
                     self._leave(lease, Stage.CANCELLING, why, now)
+                    view = next(view for view in views if view.lease.lease == lease)
+                    if view.state is State.SILENT and view.lease.serving_since is None:
+                        self._mind_failure(view, now)
                 case Pause(site=site, queue=queue, why=why):
                     self._pass_by(site, queue, why, now)
         return [*orders, *self._cancels(now)]
+
+    def _failed(self, view: View, now: float) -> bool:
+        """Say whether it ended soon although nobody wanted it to: then the next one may, too."""
+        lease, job = view.lease, view.job
+        if lease.leaving_since is not None or lease.started is None:
+            return False
+        if lease.lease in self._drained or (job is not None and job.reason.startswith(TAKEN)):
+            return False
+        return lease.serving_since is None or now - lease.serving_since < STEADY
+
+    def _mind_failure(self, view: View, now: float) -> None:
+        site, queue = rung = view.lease.site, view.lease.queue
+        self._failures[rung] += 1
+        if self._failures[rung] >= FAILURES:
+            where = f"their output is in {self._sites[site].directory}"
+            self._pass_by(site, queue, f"{FAILURES} pilots in a row did not last: {view.why}; {where}", now)
+            self._failures[rung] = 0
 
     def _by_lease(self, site: str) -> dict[str, Job]:
         told: dict[str, Job] = {}
@@ -310,7 +349,7 @@ class Pool:
         budget.check(
             account,
             site=site,
-            used_s=self._leases.cost(self._beamline.beamline, site, account.account, since=self._since[site], now=now),
+            used_s=self._leases.cost(self._beamline.beamline, site, account.account, since=account.begins, now=now),
             committed_s=budget.committed(ours, now),
             request_s=node_seconds,
         )
@@ -357,7 +396,7 @@ class Pool:
     def _end(self, lease: Lease, at: float, why: str) -> None:
         _log.info("%s: over: %s", lease.name, why)
         self._leases.ended(lease.lease, at, why)
-        for known in (self._open, self._sightings, self._heard, self._submit_ended):
+        for known in (self._open, self._sightings, self._heard, self._drained, self._submit_ended):
             known.pop(lease.lease, None)
 
 
@@ -370,10 +409,3 @@ def _ended(view: View, now: float) -> float:
     if job is not None and job.state.is_final and job.ended is not None:
         return min(job.ended, now)
     return heard.at if heard is not None and heard.heartbeat.state is Pilot.ENDED else now
-
-
-def _since(text: str | None) -> float:
-    try:
-        return 0.0 if text is None else datetime.fromisoformat(text).astimezone().timestamp()
-    except ValueError:
-        raise ConfigError(f"since: {text!r} is no time in ISO 8601") from None

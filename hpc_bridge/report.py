@@ -10,7 +10,7 @@ from rich.text import Text
 
 from hpc_bridge import budget
 from hpc_bridge.config import Beamline
-from hpc_bridge.leases import Leases
+from hpc_bridge.leases import LONGEST_RUN, Leases
 from hpc_bridge.reconcile import View
 
 _STYLES = {"serving": "green", "draining": "yellow", "silent": "bold red", "over": "dim"}
@@ -21,7 +21,7 @@ def report(beamline: Beamline, views: Sequence[View], leases: Leases, *, wanted:
     name = beamline.beamline
     return {
         "wanted": wanted,
-        "runs": [run.run for run in leases.runs(name, now) if run.ended is None],
+        "runs": [run.run for run in leases.runs(name, now) if run.ended is None and now - run.began < LONGEST_RUN],
         "passed_by": [
             {"site": pause.site, "queue": pause.queue, "until": pause.until, "why": pause.why}
             for pause in leases.pauses(name, now)
@@ -30,7 +30,8 @@ def report(beamline: Beamline, views: Sequence[View], leases: Leases, *, wanted:
             site: {
                 "account": account.account,
                 "node_hours": account.node_hours,
-                "used_node_hours": leases.cost(name, site, account.account, since=0.0, now=now) / budget.HOUR,
+                "used_node_hours": leases.cost(name, site, account.account, since=account.begins, now=now)
+                / budget.HOUR,
             }
             for site, account in beamline.accounts.items()
         },

@@ -59,12 +59,13 @@ def told(value: bytes) -> Told | None:
         It is none.
     """
     unpacker = _of(value)
-    try:
+
+    def read() -> Told | None:
         if unpacker.read_array_header() != 2:
             raise ValueError("not a name and a document")
         return _told(unpacker.unpack(), unpacker)
-    except OutOfData:
-        raise ValueError("it ends too early") from None
+
+    return _read(read)
 
 
 def told_by_proxy(message: bytes) -> Told | None:
@@ -77,12 +78,18 @@ def told_by_proxy(message: bytes) -> Told | None:
     """
     match message.split(b" ", 2):
         case [_, name, document]:
-            try:
-                return _told(name.decode("ascii", "replace"), _of(document))
-            except OutOfData:
-                raise ValueError("it ends too early") from None
+            return _read(lambda: _told(name.decode("ascii", "replace"), _of(document)))
         case _:
             raise ValueError("not a prefix, a name and a document")
+
+
+def _read(read: Callable[[], Told | None]) -> Told | None:
+    try:
+        return read()
+    except OutOfData:
+        raise ValueError("it ends too early") from None
+    except TypeError as error:  # a key of a map that cannot be one
+        raise ValueError(str(error)) from None
 
 
 def _of(value: bytes) -> Unpacker:

@@ -48,12 +48,19 @@ class StateDirectory:
     def let_go(self, beamline: str) -> None:
         """Hold a beamline only until its nodes are gone."""
         held = self._path / "beamlines" / f"{beamline}.yaml"
-        if held.exists():
-            held.replace(held.with_suffix(".down"))
+        try:
+            if held.exists():
+                held.replace(held.with_suffix(".down"))
+        except OSError as error:
+            raise ConfigError(f"{held}: {error.strerror}") from None
 
     def forget(self, beamline: str) -> None:
         """Take note that the nodes of a beamline that was let go are gone."""
-        (self._path / "beamlines" / f"{beamline}.down").unlink(missing_ok=True)
+        gone = self._path / "beamlines" / f"{beamline}.down"
+        try:
+            gone.unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{gone}: {error.strerror}") from None
 
     def _write(self, file: Path, model: Site | Beamline) -> None:
         temporary = file.with_suffix(".new")

@@ -49,8 +49,12 @@ class Bridge:
     def up(self, *options):
         """Become the manager; returns once it answers."""
         files = [self.write("beamline.yaml", self.beamline), "--site", self.write("site.yaml", self.site)]
+        return self.up_again(*files, *options)
+
+    def up_again(self, *options):
+        """Become the manager of what is held."""
         log = (self.folder / "manager.log").open("ab")
-        process = subprocess.Popen(self.words("up", *files, *options), stderr=log, cwd=self.folder)
+        process = subprocess.Popen(self.words("up", *options), stderr=log, cwd=self.folder)
         log.close()
         self.processes.append(process)
         self.until(lambda: process.poll() is not None or self.status() is not None)

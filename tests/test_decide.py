@@ -122,8 +122,8 @@ def test_a_pilot_that_does_not_end_its_drain_is_cancelled():
     def drains(since):
         return view("a", State.DRAINING, stage=Stage.DRAINING, leaving_since=NOW - since)
 
-    assert actions(0, drains(59)) == []
-    assert leases(actions(0, drains(61))) == ["a"]
+    assert actions(0, drains(15 + 59)) == []
+    assert leases(actions(0, drains(15 + 61))) == ["a"]
     assert actions(0, view("a", State.DRAINING, stage=Stage.CANCELLING, leaving_since=NOW - 61)) == []
 
 

@@ -61,6 +61,7 @@ def test_other_documents_tell_nothing():
         msgpack.packb(["start", {"uid": "u"}])[:-1],
         b"\x92\xa5start" + b"\xdf\xff\xff\xff\xff",
         b"\x92\xa5start\x81\xa1x" + b"\x91" * 100_000,
+        b"\x92\xa5start\x81\xa3uid\x81\x91\x01\x02",
     ],
 )
 def test_what_is_no_document_is_refused(value):

@@ -170,7 +170,7 @@ def test_killed_again_and_again_a_run_over_a_file_gives_the_identical_result(
     # Once the checkpoint holds so many frames: at once, or while the next one is being written.
     for n_frames, while_writing in [(0, False), (300, True), (900, False)]:
         run = start("run", config)
-        until_saved(run, saved, n_frames)
+        until_saved(run, saved, max(n_frames, held[-1] + 1))
         if while_writing:
             until(run, saved.with_name("checkpoint.tmp").exists)
         run.kill()

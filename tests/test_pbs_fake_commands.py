@@ -69,7 +69,7 @@ def script_of(fake):
 
 def test_a_job_is_submitted_with_its_queue_account_and_walltime(pbs, fake, tmp_path):
     fake.answer("qsub", "7592554.polaris-pbs-01.hsn.cm.polaris.alcf.anl.gov\n")
-    assert pbs.submit(spec(tmp_path)) == "7592554.polaris-pbs-01.hsn.cm.polaris.alcf.anl.gov"
+    assert pbs.submit(spec(tmp_path)) == "7592554.polaris-pbs-01"
     [call] = fake.calls("qsub")
     assert call.startswith(f"-q demand -A xpcs::8idi {tmp_path}/xb-8idi-0123456789ab.")
     script = script_of(fake)
@@ -226,6 +226,13 @@ def test_our_own_jobs_are_listed_by_how_their_names_begin(pbs, fake):
     assert live == "-u beamline"
     assert recent.startswith("-u beamline -x -tm.gt.20")
     assert fake.calls("qstat") == ["-x -f -F dsv 1.pbs 2.pbs"]
+
+
+def test_a_job_is_the_same_by_whichever_name_of_its_server_it_is_called(pbs, fake, tmp_path):
+    fake.answer("qsub", "1.pbs\n")
+    fake.answer("qselect", "1.pbs\n")
+    fake.answer("qstat", WAITS.format(id="1.pbs.anl.gov"))
+    assert [job.id for job in pbs.list("xb-8idi-")] == [pbs.submit(spec(tmp_path))]
 
 
 def test_without_jobs_nothing_is_asked_of_qstat_which_would_tell_of_all(pbs, fake):

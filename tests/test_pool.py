@@ -395,11 +395,6 @@ def test_what_was_used_counts_since_the_day_that_is_named(leases):
         assert sum(order.lease.site == "near" for order in pool.orders(began + 4000, 1)) == n
 
 
-def test_a_time_that_is_none_is_refused(leases):
-    with pytest.raises(ConfigError, match="'last spring'"):
-        open_pool(leases, accounts={"near": Account(account="a", since="last spring")})
-
-
 def test_sites_that_are_not_known_are_refused_by_name(leases):
     with pytest.raises(ConfigError, match="site moon is not known"):
         Pool(beamline(sites=("near", "moon")), SITES, leases, now=NOW)
