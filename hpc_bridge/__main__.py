@@ -5,7 +5,7 @@ from typing import Any
 
 import typer
 
-from hpc_bridge import commands, pilot_command
+from hpc_bridge import commands, pilot_command, transfer_command
 from hpc_bridge.errors import BridgeError
 
 
@@ -44,6 +44,7 @@ for command in (
     commands.down,
     commands.check,
     commands.costs,
+    transfer_command.login,
     pilot_command.pilot,
 ):
     app.command()(command)

@@ -186,7 +186,7 @@ class Beamline(_Section):
         return self
 
 
-_Model = TypeVar("_Model", Site, Beamline)
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 def read(file: Path, model: type[_Model]) -> _Model:

@@ -1,0 +1,292 @@
+"""The record of requests to move files: on disk before anything is asked of anybody. One SQLite file, one writer."""
+
+import fcntl
+import hashlib
+import os
+import sqlite3
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from hpc_bridge.errors import RecordError
+from hpc_bridge.transfer import Progress, Request, State
+
+SCHEMA = 71
+"""Unlike that of leases, whose file it is not."""
+
+_TABLES = """
+CREATE TABLE moves (
+    move TEXT PRIMARY KEY, request TEXT NOT NULL, priority INTEGER NOT NULL, created REAL NOT NULL,
+    state TEXT NOT NULL, message TEXT NOT NULL, attempt INTEGER NOT NULL, document TEXT, task TEXT,
+    bytes INTEGER NOT NULL, files INTEGER NOT NULL, faults INTEGER NOT NULL, nice_status TEXT NOT NULL,
+    stalled_since REAL, ending TEXT, ended REAL
+);
+CREATE INDEX open_moves ON moves (ended) WHERE ended IS NULL;
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """A request and what came of it. Times in seconds of the Unix epoch."""
+
+    move: str
+    """12 hex digits, of what is to be moved and where to."""
+    request: Request
+    priority: int
+    """The highest goes first."""
+    created: float
+    state: State
+    message: str
+    attempt: int
+    """From 1."""
+    document: str | None
+    """Of the task of this attempt: written down before it is submitted."""
+    task: str | None
+    """Its id, once the service has told it."""
+    bytes: int
+    files: int
+    faults: int
+    nice_status: str
+    stalled_since: float | None
+    ending: str | None
+    """Why it is to be canceled."""
+    ended: float | None
+
+    @property
+    def may_release(self) -> bool:
+        """The source may go: all that was asked for has arrived, with its size and sha256."""
+        return self.state is State.DONE
+
+    @property
+    def name(self) -> str:
+        """Of the task of this attempt."""
+        return f"xs-{self.move}-{self.attempt}"
+
+
+class Moves:
+    """The record of one mover, on a disk of its machine (not NFS).
+
+    Every method may raise RecordError; each that writes has written to disk when it returns.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, lock: int | None) -> None:
+        self._path = path
+        self._connection = connection
+        self._lock = lock
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open the record to write it, or begin one.
+
+        Raises
+        ------
+        RecordError
+            Another mover has it, or it is something else.
+        """
+        lock = _lock(path)
+        try:
+            moves = cls(path, _connect(path), lock)
+        except RecordError:
+            os.close(lock)
+            raise
+        try:
+            moves._prepare()
+        except RecordError:
+            moves.close()
+            raise
+        return moves
+
+    @classmethod
+    def look(cls, path: Path) -> Self:
+        """Open the record to read it, whether a mover has it or not."""
+        if not path.is_file():
+            raise RecordError(f"{path}: there is no such record")
+        moves = cls(path, _connect(path), None)
+        try:
+            moves._do("PRAGMA query_only = ON")
+            moves._check()
+        except RecordError:
+            moves.close()
+            raise
+        return moves
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others have it."""
+        self._connection.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def add(self, request: Request, priority: int, now: float) -> Move:
+        """Write down a request.
+
+        One that is on record already is not begun twice: it gets the priority and the deadline that it has now, and if
+        it had failed or was canceled it begins again.
+        """
+        move = _id(request)
+        self._do(
+            "INSERT INTO moves (move, request, priority, created, state, message, attempt, bytes, files, faults,"
+            " nice_status) VALUES (:move, :request, :priority, :now, 'queued', '', 1, 0, 0, 0, '')"
+            " ON CONFLICT DO UPDATE SET request = excluded.request, priority = excluded.priority,"
+            " attempt = attempt + (state IN ('failed', 'canceled')),"
+            " ending = CASE WHEN state IN ('failed', 'canceled') THEN NULL ELSE ending END,"
+            " ended = CASE WHEN state IN ('failed', 'canceled') THEN NULL ELSE ended END,"
+            " message = CASE WHEN state IN ('failed', 'canceled') THEN '' ELSE message END,"
+            " state = CASE WHEN state IN ('failed', 'canceled') THEN 'queued' ELSE state END",
+            {"move": move, "request": request.model_dump_json(), "priority": priority, "now": now},
+        )
+        return self._of(move)
+
+    def prepared(self, move: str, document: str) -> Move:
+        """Write down the document of a task, before it is submitted."""
+        return self._set(move, "document = :document, task = NULL", document=document)
+
+    def submitted(self, move: str, task: str) -> Move:
+        """Write down the task of a document."""
+        return self._set(move, "task = :task, state = 'queued', message = '', stalled_since = NULL", task=task)
+
+    def seen(self, move: str, progress: Progress, now: float) -> Move:
+        """Write down how far a task is, which is not over."""
+        return self._set(
+            move,
+            "state = :state, message = :message, bytes = :bytes, files = :files, faults = :faults,"
+            " nice_status = :nice_status,"
+            " stalled_since = CASE :state WHEN 'stalled' THEN COALESCE(stalled_since, :now) END",
+            state=progress.state,
+            message=progress.message,
+            bytes=progress.bytes,
+            files=progress.files,
+            faults=progress.faults,
+            nice_status=progress.nice_status,
+            now=now,
+        )
+
+    def waits(self, move: str, state: State, message: str, now: float) -> Move:
+        """Write down why nothing is done for it at present."""
+        return self._set(
+            move,
+            "state = :state, message = :message,"
+            " stalled_since = CASE :state WHEN 'stalled' THEN COALESCE(stalled_since, :now) END",
+            state=state,
+            message=message,
+            now=now,
+        )
+
+    def again(self, move: str, message: str) -> Move:
+        """Write down that its task came to nothing, and it needs a new one."""
+        return self._set(
+            move,
+            "attempt = attempt + 1, document = NULL, task = NULL, state = 'queued', stalled_since = NULL,"
+            " message = :message",
+            message=message,
+        )
+
+    def ending(self, move: str, why: str) -> Move:
+        """Write down that it is to be canceled; what was said first holds."""
+        return self._set(move, "ending = COALESCE(ending, :why)", why=why)
+
+    def ended(self, move: str, state: State, message: str, now: float) -> Move:
+        """Write down that it is over."""
+        return self._set(
+            move,
+            "state = :state, message = :message, document = NULL, stalled_since = NULL, ended = :now",
+            state=state,
+            message=message,
+            now=now,
+        )
+
+    def get(self, move: str) -> Move | None:
+        """Return a request; None if it is not on record."""
+        return next(iter(self._moves("move = ?", (move,))), None)
+
+    def open_moves(self) -> list[Move]:
+        """Return those that are not over, oldest first."""
+        return self._moves("ended IS NULL", ())
+
+    def all(self, since: float = 0) -> list[Move]:
+        """Return those that are not over or ended after `since`, oldest first."""
+        return self._moves("ended IS NULL OR ended > ?", (since,))
+
+    def _moves(self, where: str, values: tuple[object, ...]) -> list[Move]:
+        rows = self._do(f"SELECT * FROM moves WHERE {where} ORDER BY created, rowid", values)  # noqa: S608
+        return [
+            Move(**{**row, "request": Request.model_validate_json(row["request"]), "state": State(row["state"])})
+            for row in rows
+        ]
+
+    def _set(self, move: str, changes: str, **values: object) -> Move:
+        self._do(f"UPDATE moves SET {changes} WHERE move = :move AND ended IS NULL", {"move": move, **values})  # noqa: S608
+        return self._of(move)
+
+    def _of(self, move: str) -> Move:
+        found = self.get(move)
+        if found is None:
+            raise RecordError(f"{self._path}: request {move} is not in it")
+        return found
+
+    def _prepare(self) -> None:
+        self._do("PRAGMA journal_mode = WAL")
+        self._do("PRAGMA synchronous = FULL")
+        if not self._do("SELECT 1 FROM sqlite_master") and self._version() == 0:
+            try:
+                self._connection.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
+            except sqlite3.Error as error:
+                raise RecordError(f"{self._path}: {error}") from None
+        self._check()
+
+    def _check(self) -> None:
+        if self._version() != SCHEMA:
+            raise RecordError(f"{self._path}: it is no record of requests to move files that this hpc-bridge knows")
+
+    def _version(self) -> int:
+        [[version]] = [row.values() for row in self._do("PRAGMA user_version")]
+        return int(version)
+
+    def _do(self, statement: str, values: tuple[object, ...] | Mapping[str, object] = ()) -> list[dict[str, Any]]:
+        try:
+            return self._connection.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise RecordError(f"{self._path}: {error}") from None
+
+
+def _id(request: Request) -> str:
+    return hashlib.sha256(request.model_dump_json(exclude={"deadline"}).encode()).hexdigest()[:12]
+
+
+def _lock(path: Path) -> int:
+    try:
+        lock = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise RecordError(f"{path}: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = os.read(lock, 20).decode("ascii", "replace")
+        os.close(lock)
+        raise RecordError(f"{path}: another mover has it: process {pid}") from None
+    os.ftruncate(lock, 0)
+    os.write(lock, str(os.getpid()).encode())
+    return lock
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    try:
+        connection = sqlite3.connect(path, isolation_level=None)
+    except sqlite3.Error as error:
+        raise RecordError(f"{path}: {error}") from None
+    connection.row_factory = _row
+    return connection
+
+
+def _row(cursor: sqlite3.Cursor, row: tuple[Any, ...]) -> dict[str, Any]:
+    return {column[0]: value for column, value in zip(cursor.description, row, strict=True)}
