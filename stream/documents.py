@@ -166,12 +166,12 @@ def _written(value: Any, path: str, depth: int) -> Any:
 
 
 def _written_array(array: NDArray[Any] | np.generic, path: str) -> Any:
+    if isinstance(array, str | bytes | float):
+        return array.item()
     if not _DTYPE.fullmatch(array.dtype.str) or not array.dtype.itemsize:
         raise ValueError(f"{_short(path)} is an array of {array.dtype}")
     if isinstance(array, np.ndarray):
         return {b"nd": True, b"type": array.dtype.str, b"kind": b"", b"shape": array.shape, b"data": array.tobytes()}
-    if isinstance(array, str | bytes | float):
-        return array.item()
     return {b"nd": False, b"type": array.dtype.str, b"data": array.tobytes()}
 
 

@@ -4,8 +4,10 @@ import gc
 import os
 import re
 from contextlib import ExitStack
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
 
 import typer
 
@@ -65,6 +67,14 @@ def _plane(text: str, properties: Path | None, secret_key: Path | None, peers: P
     return ZmqPlane(hub, beamline, keys)
 
 
+def _is_loopback(target: str) -> bool:
+    host = urlsplit(target).hostname or ""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name, or "*"
+        return host == "localhost"
+
+
 def gateway(
     source: Annotated[str, typer.Option(help="Where frames come from.", metavar="ADDRESS")],
     to: Annotated[list[str], typer.Option(help=f"{_PLANE}; may be given twice.", metavar="ADDRESS")],
@@ -88,6 +98,22 @@ def gateway(
         Path | None, typer.Option(metavar="DIR", help="zmq: public keys of the workers and mergers that may come.")
     ] = None,
     proxy_key: ProxyKey = None,
+    spool: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write the frames of every run here too, to DIR/RUN/RUN_master.h5, which run and gateway take as a "
+            "source. Whoever has them safe elsewhere makes a file DIR/RUN/safe.",
+        ),
+    ] = None,
+    spool_keep: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="GB of all runs in DIR; 100 if not given. The oldest that are safe make room, the others never.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Send a detector's frames to the workers, cut into regions.
 
@@ -101,6 +127,7 @@ def gateway(
     from stream.assembly import proxy_keys, source_of
     from stream.config import address, check
     from stream.regions import Regions
+    from stream.sinks.spool import Spool, Spooled
 
     given = {
         "address": source,
@@ -116,7 +143,14 @@ def gateway(
     keys_of_plane = (secret_key if allowed or not proxy_key else None, allowed)
     if any(keys_of_plane) and all(address(text).transport == "kafka" for text in to):
         raise typer.BadParameter("--secret-key and --allowed are for zmq; for Kafka see --kafka-properties")
+    open_to_all = [text for text in to if address(text).transport == "hub" and not _is_loopback(address(text).target)]
+    if secret_key and not allowed and open_to_all:
+        raise typer.BadParameter(f"--secret-key without --allowed: anyone could come to {open_to_all[0]}, unencrypted")
     is_file = address(source).transport in ("hdf5", "recording", "rigaku", "documents")
+    if spool and address(source).transport not in ("dectris", "zmq"):
+        raise typer.BadParameter(f"--spool is for a detector's stream; {source} is files, which are their own spool")
+    if spool_keep and not spool:
+        raise typer.BadParameter("--spool-keep is for --spool DIR")
     with stopped_by_signals() as stop, ExitStack() as stack:
         sinks = []
         for text in to:
@@ -129,12 +163,19 @@ def gateway(
         frames = stack.enter_context(
             source_of(configuration.source, give="chunks", kafka_properties=kafka_properties, keys=of_proxy)
         )
+        raw: Spool | None = None
+        if spool:
+            keep_bytes = round(1e9 * (spool_keep if spool_keep is not None else 100.0))
+            raw = stack.enter_context(Spool(spool, keep_bytes=keep_bytes))
+            frames = Spooled(frames, raw)
         typer.echo(f"taking frames from {source}", err=True)
         ledger = plane.send(frames, sinks, Regions(regions), stop)
         typer.echo(
             f"sent {ledger.received:,} frames to {regions} regions of {' and '.join(to)}, {ledger.lost:,} lost before",
             err=True,
         )
+    if raw is not None:
+        typer.echo(f"{raw.lost:,} frames are not in the spool {spool}", err=True)
 
 
 def worker(

@@ -100,7 +100,7 @@ class Watched:
 class Status:
     """Tells how a worker is: every second, and at once when its regions change.
 
-    The file is replaced, so that it is whole at any time:
+    At the end that it is not ready. The file is replaced, so that it is whole at any time:
     ``{"ready": bool, "regions": [int], "frames": int, "lag_s": number or null, "message": str}``.
 
     Parameters
@@ -130,7 +130,7 @@ class Status:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._is_closing = True
-        self._has_changed.set()
+        self.say("gone")
         if self._thread is not None:
             self._thread.join()
 

@@ -198,10 +198,19 @@ class FakeGlobus:
     def begin(self, document):
         name = str(uuid.uuid4())
         self.tasks[name] = {
-            "task_id": name, "type": "TRANSFER", "status": "ACTIVE", "label": document["label"],
-            "bytes_transferred": 0, "files_transferred": 0, "files_skipped": 0, "faults": 0,
-            "is_paused": False, "nice_status": None, "fatal_error": None,
-            "canceled": threading.Event(), "resumed": threading.Event(),
+            "task_id": name,
+            "type": "TRANSFER",
+            "status": "ACTIVE",
+            "label": document["label"],
+            "bytes_transferred": 0,
+            "files_transferred": 0,
+            "files_skipped": 0,
+            "faults": 0,
+            "is_paused": False,
+            "nice_status": None,
+            "fatal_error": None,
+            "canceled": threading.Event(),
+            "resumed": threading.Event(),
         }
         behaviour = self.behaviours.popleft() if self.behaviours else ""
         active = sum(task["status"] == "ACTIVE" for task in self.tasks.values())

@@ -203,6 +203,19 @@ def test_an_event_whose_writing_was_cut_off_is_written_over(server, client, give
     assert_is_kept(client, begun + ended)
 
 
+def test_a_sink_that_remembers_nothing_of_a_run_counts_on_behind_what_is_kept(server, client, given):
+    begun = publish(given[:17], TiledDocuments(server.uri))
+    ended = publish([given[0], *given[17:]], TiledDocuments(server.uri))
+    run = client[begun[0][1]["uid"]]
+    rows = run["primary"].base["internal"].read()
+    n_begun = [name for name, _ in begun].count("event")
+    assert rows["seq_num"].tolist() == list(range(1, n_begun + 2))
+    assert rows["xpcs_frames"].tolist()[-1] == bluesky.N_FRAMES
+    for key in ARRAYS:
+        np.testing.assert_array_equal(run["primary"][key].read()[-1], dict(ended)["event"]["data"][key])
+    assert run.metadata["stop"]["num_events"] == {"primary": n_begun + 1}
+
+
 def test_a_run_that_is_there_with_its_end_is_left_as_it_is(server, client, given, caplog):
     documents = publish(given, TiledDocuments(server.uri))
     publish(given[:5] + given[9:], TiledDocuments(server.uri))
@@ -236,6 +249,39 @@ def test_of_updates_a_slow_server_gets_the_newest_and_the_others_are_said(server
     waited = events[1:-2]
     assert_is_kept(client, [each for each in kept.documents if each not in waited])
     assert "waited until there was a newer one (2 so far)" in caplog.text
+
+
+def test_a_server_that_is_away_when_a_run_begins_has_it_if_it_is_back_by_the_end(server, client, given, monkeypatch):
+    monkeypatch.setattr("stream.sinks.bluesky.OPENING", 0.2)
+    kept = Kept()
+    with Network(server) as network, bluesky.sink(kept, stores=[TiledDocuments(network.uri)]) as sink:
+        network.loses = lambda *_: True
+        write(sink, given[:-1])
+        network.loses = lambda *_: False
+        write(sink, given[-1:])
+    assert_is_kept(client, [each for each in kept.documents if each[0] != "event"][:2] + kept.documents[-2:])
+
+
+def test_runs_whose_end_never_comes_make_room_for_others(server, given, monkeypatch):
+    monkeypatch.setattr("stream.sinks.bluesky_tiled.MAX_RUNS", 2)
+    publisher = TiledDocuments(server.uri)
+    with bluesky.sink(stores=[publisher]) as sink:
+        write(sink, [replace(given[0], run=str(uuid.uuid4())) for _ in range(4)])
+        assert len(publisher._runs) == 2
+
+
+def test_a_document_that_is_not_as_it_should_be_is_said(server):
+    with TiledDocuments(server.uri) as publisher:
+        run = str(uuid.uuid4())
+        publisher.publish(run, "start", {"uid": run, "time": 1.0}, may_be_lost=False)
+        descriptor = {"uid": "d", "run_start": run, "name": "primary", "time": "now", "data_keys": {}}
+        publisher.publish(run, "descriptor", descriptor, may_be_lost=False)
+        says = f"{server.uri}: descriptor of run {run}: 'now' is not of type 'number'"
+        with pytest.raises(SinkError, match=says):
+            publisher.flush()
+        publisher.publish(run, "stop", {"uid": "s", "run_start": run, "time": 2.0}, may_be_lost=False)
+        with pytest.raises(SinkError, match=says):
+            publisher.flush()
 
 
 def test_a_server_that_is_gone_at_the_end_is_an_error_and_others_have_the_end(server, given):

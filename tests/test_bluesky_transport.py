@@ -25,6 +25,7 @@ from stream import curve
 from stream.documents import pack, unframe, unpack
 from stream.errors import SinkError
 from stream.sinks.bluesky_kafka import KafkaDocuments
+from stream.sinks.bluesky_tiled import TiledDocuments
 from stream.sinks.bluesky_zmq import ZmqDocuments
 from stream.sinks.hdf5 import Hdf5Sink
 from tests import bluesky, kafka
@@ -407,6 +408,27 @@ def test_tiled_keeps_the_run_and_tells_every_update_when_it_comes(broker, topic,
             run["result"]["xpcs_result_scattering_2d"].read(), result["xpcs/temporal_mean/scattering_2d"][()]
         )
     np.testing.assert_array_equal(run["result"]["xpcs_result_g2"].read()[0].T, events[-1]["xpcs_g2"])
+
+
+@pytest.mark.filterwarnings(r"ignore:connect\(\) must be used as a context manager:DeprecationWarning")
+def test_a_client_of_tiled_is_told_every_update_before_the_next_one(tiled_server, monkeypatch):
+    client, _ = tiled_server
+    monkeypatch.setenv("TILED_API_KEY", "secret")
+    updates, kept = queue.Queue(), Kept()
+    with (
+        subscribe_to_streams(client, updates.put, streams={"primary": "xpcs_g2"}),
+        bluesky.sink(kept, stores=[TiledDocuments(str(client.uri))]) as sink,
+    ):
+        for output in (replace(output, run="raw-3") for output in bluesky.outputs()[1]):
+            n_events = [name for name, _ in kept.documents].count("event")
+            sink.write(output)
+            sink.flush()
+            events = [document for name, document in kept.documents if name == "event"]
+            for event in events[n_events:]:
+                while (update := updates.get(timeout=DEADLINE)).run_uid != kept.documents[0][1]["uid"]:
+                    pass  # of runs that were there before
+                np.testing.assert_array_equal(np.reshape(update.data(), (4, -1)), event["data"]["xpcs_g2"])
+    assert len(events) == N_UPDATES + 1
 
 
 def test_an_agent_finds_the_outcome_by_the_uid_of_the_raw_run(tiled_server):

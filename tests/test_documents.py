@@ -123,6 +123,11 @@ def test_arrays_and_numpy_numbers_become_what_they_were():
     assert event["data"]["name"].tolist() == ["é", "ab"]
 
 
+@pytest.mark.parametrize("text", [np.str_(""), np.bytes_(b""), np.str_("a")])
+def test_texts_of_numpy_become_plain_ones(text):
+    assert unpack(pack("event", {"a": text})) == ("event", {"a": text.item()})
+
+
 def test_tuples_become_lists_and_python_numbers_stay_what_they_are():
     assert unpack(pack("start", {"shape": (1, 2.0, True)})) == ("start", {"shape": [1, 2.0, True]})
 

@@ -19,6 +19,7 @@ import hdf5plugin
 import msgpack
 import numpy as np
 import pytest
+import zmq
 from bluesky import RunEngine
 from bluesky import plan_stubs as bps
 from bluesky.callbacks.zmq import Publisher
@@ -28,7 +29,7 @@ from ophyd_async.core import StaticPathProvider, UUIDFilenameProvider, init_devi
 from ophyd_async.sim import SimBlobDetector
 
 from stream import curve
-from stream.documents import unpack
+from stream.documents import frame, unpack
 from stream.errors import ConfigError, DecodeError, NotSeekable, SourceError
 from stream.ingest.bluesky import BlueskySource
 from stream.ingest.bluesky_files import BlueskyFiles
@@ -373,6 +374,48 @@ def test_after_a_restart_a_run_goes_on_where_it_was(engine, detector, tmp_path, 
     np.testing.assert_array_equal(frames_of(messages, uid_of(kept)), frames_written(kept))
 
 
+class Logged(Handed):
+    """Documents that are kept, so that one can go back to them."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self._given, self._next = given, 0
+
+    def __iter__(self):
+        while self._next < len(self._given):
+            self._next += 1
+            yield self._given[self._next - 1]
+
+    def position(self):
+        return {"log:0": self._next}
+
+    def seek(self, position):
+        self._next = position["log:0"]
+
+
+def test_wherever_it_is_restarted_no_run_is_lost_and_none_comes_twice_though_they_overlap(
+    engine, detector, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("stream.ingest.bluesky_files.LOOK", 0.0)  # files are read after every document
+    one, other, last = (documents_of(engine, staged(detector, moving(detector, n))) for n in (2, 3, 1))
+    given = [*one[:2], *other[:-1], *one[2:-1], other[-1], *last, one[-1]]
+    for n_yielded in range(1, 12):
+        before, position = [], None
+        with files(Logged(*given), tmp_path, batch=1) as source:
+            for message in source:
+                position = source.position()
+                before += [message] if message is not None else []
+                if len(before) == n_yielded:
+                    break
+        after = files(Logged(*given), tmp_path, batch=1)
+        after.seek(position)
+        messages = [*before, *(each for each in after if each is not None)]
+        for each in (one, other, last):
+            np.testing.assert_array_equal(frames_of(messages, uid_of(each)), frames_written(each))
+        ends = [each.run for each in messages if isinstance(each, RunStop)]
+        assert ends == [uid_of(other), uid_of(one), uid_of(last)]
+
+
 def test_a_broker_that_is_not_there_is_an_error_in_time():
     (port,) = kafka.free_ports(1)
     begin = time.monotonic()
@@ -476,6 +519,39 @@ def test_a_proxy_that_is_away_is_told_of(caplog):
             if "is away; waiting for it" in caplog.text:
                 break
             assert time.monotonic() < deadline
+
+
+@contextmanager
+def heard(address, look):
+    """What sends numbers as a Proxy does, from when it is heard; once it is gone, they have arrived."""
+    with zmq.Context() as context, context.socket(zmq.XPUB) as out:
+        out.bind(address)
+        deadline = time.monotonic() + DEADLINE
+        while not out.poll(10):
+            look()
+            assert time.monotonic() < deadline
+        yield lambda i: out.send(frame("event", {"seq_num": i}))
+
+
+def test_what_was_not_read_when_a_proxy_went_is_read_and_then_what_the_next_one_sends():
+    address = f"tcp://127.0.0.1:{kafka.free_ports(1)[0]}"
+    numbers = []
+    with ZmqDocuments(address, wait=0.01) as source:
+        documents = iter(source)
+
+        def look():
+            if (each := next(documents)) is not None:
+                numbers.append(each[1]["seq_num"])
+
+        with heard(address, look) as send:
+            for i in range(100):
+                send(i)
+        with heard(address, look) as send:
+            send(100)
+        deadline = time.monotonic() + DEADLINE
+        while 100 not in numbers and time.monotonic() < deadline:
+            look()
+    assert numbers == list(range(101))
 
 
 def pausing(detector):
@@ -741,7 +817,7 @@ def test_the_uid_in_the_user_data_of_a_dectris_detector_pairs():
 
 
 def test_an_abort_of_the_run_engine_is_told_where_the_detector_knows_of_none(tmp_path):
-    *documents, _ = made_up("uid")
+    *documents, _ = made_up("uid", detectors=["det"])
     source = BlueskySource(Beside(*documents), detector_file(tmp_path / "s.h5"))
     messages = []
     with source:
@@ -779,7 +855,7 @@ def streamed(documents, tmp_path):
 
 
 def test_an_abort_that_is_told_after_the_detectors_end_is_waited_for(tmp_path):
-    *documents, stop = made_up("uid", exit_status="abort")
+    *documents, stop = made_up("uid", exit_status="abort", detectors=["det"])
     # The detector's end is its sixth message.
     messages = streamed([*documents, *[None] * 9, stop], tmp_path)
     assert messages[-1] == RunStop(run="uid", n_frames=4, exit_status="abort")
@@ -794,6 +870,11 @@ def test_a_run_that_is_over_before_it_was_described_is_found_though_the_next_one
 def test_a_run_that_names_detectors_is_that_of_the_detector_and_not_the_one_around_it(tmp_path):
     around, within = [*made_up("around")][:2], made_up("within", detectors=["det"])
     assert the(RunStart, streamed([*around, *within], tmp_path)).run == "within"
+
+
+def test_a_run_that_names_detectors_is_waited_for_though_the_one_around_it_is_described(tmp_path):
+    around, within = [*made_up("around")][:2], made_up("within", detectors=["det"])
+    assert the(RunStart, streamed([*around, None, None, *within], tmp_path)).run == "within"
 
 
 def test_runs_are_found_however_far_documents_are_ahead_of_a_detector_that_was_never_idle(tmp_path):

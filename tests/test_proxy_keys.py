@@ -240,3 +240,17 @@ def test_keys_that_cannot_be_meant_are_told_of_before_anything_is_opened(frames,
     said = xpcs_stream("run", "--source", frames, "--qmap", qmap, "--quiet", "--out", "r.h5", *options)
     assert said.exit_code == 1
     assert said.stderr == f"xpcs-stream: {says}\n"
+
+
+@pytest.mark.parametrize("host", ["*", "0.0.0.0", "[::]", "node7"])  # noqa: S104
+def test_a_gateway_with_a_key_that_does_not_say_who_may_come_is_not_opened_to_all(host):
+    said = xpcs_stream(
+        *("gateway", "--source", "zmq+bluesky://127.0.0.1:5", "--root", "/data=/data", "--regions", "1"),
+        *("--to", f"zmq://{host}:5555/x", "--secret-key", "k.key_secret", "--proxy-key", "p.key"),
+    )
+    assert said.exit_code == 2
+    assert f"--secret-key without --allowed: anyone could come to zmq://{host}" in plain(said.stderr)
+
+
+def plain(text):
+    return " ".join(text.replace("\u2502", " ").split())

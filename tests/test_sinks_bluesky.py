@@ -3,6 +3,7 @@
 import json
 import logging
 import threading
+import time
 from contextlib import suppress
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from bluesky.callbacks.best_effort import BestEffortCallback
 from stream import checkpoint
 from stream.documents import pack, unpack
 from stream.errors import CheckpointError, ConfigError, SinkError
-from stream.messages import Result, RunStart, RunStop
+from stream.messages import Result, RunStop
 from stream.pipeline import Pipeline
 from stream.sinks.hdf5 import Hdf5Sink
 from tests import bluesky
@@ -448,13 +449,64 @@ def test_a_publisher_that_fails_does_not_keep_documents_from_the_others(caplog):
     kept = Kept()
     with bluesky.sink(Broken(), kept) as sink:
         for output in given():
-            if isinstance(output, RunStart | RunStop):
+            if isinstance(output, RunStop):
                 with pytest.raises(SinkError):
                     sink.write(output)
             else:
                 sink.write(output)
+    assert_valid(kept.documents)
     assert [name for name, _ in kept.documents].count("event") == N_UPDATES + 1
-    assert "an event was dropped: event was not taken" in caplog.text
+    assert "how it began is told again at its end: start was not taken" in caplog.text
+
+
+class Away(Kept):
+    """A publisher that is away, or does not answer, until it is back."""
+
+    def __init__(self, *, is_silent=False):
+        super().__init__()
+        self.is_back, self._is_silent = threading.Event(), is_silent
+
+    def publish(self, run, name, document, *, may_be_lost):
+        if self._is_silent:
+            assert self.is_back.wait(30)
+        elif not self.is_back.is_set():
+            raise SinkError("is away")
+        super().publish(run, name, document, may_be_lost=may_be_lost)
+
+    def flush(self):
+        if not self.is_back.is_set():
+            raise SinkError("is away")
+
+
+@pytest.mark.parametrize("is_silent", [False, True])
+def test_who_is_away_when_a_run_begins_holds_nothing_up_and_has_a_run_if_it_is_back_by_the_end(
+    monkeypatch, tmp_path, is_silent
+):
+    monkeypatch.setattr("stream.sinks.bluesky.OPENING", 0.2)
+    away, other = Away(is_silent=is_silent), Kept()
+    with bluesky.sink(other, away, memory=tmp_path / "m.json") as sink:
+        begin = time.monotonic()
+        for output in given()[:-1]:
+            sink.write(output)
+            sink.flush()
+        assert time.monotonic() - begin < 5
+        away.is_back.set()
+        sink.write(given()[-1])
+    for documents in (away.documents, other.documents):
+        assert_valid(documents)
+        np.testing.assert_array_equal(of(documents, "event")[-1]["data"]["xpcs_g2"], final("multitau").arrays["g2"].T)
+
+
+def test_a_pipeline_goes_on_without_a_publisher_and_its_result_file_is_there(tmp_path):
+    with (
+        bluesky.sink(Broken()) as sink,
+        Hdf5Sink(tmp_path / "r.h5", qmap=bluesky.outputs()[0]) as file,
+        bluesky.source() as source,
+        pytest.raises(SinkError, match="was not taken"),
+    ):
+        Pipeline(source, bluesky.operators, [sink, file], publish_every=0.0).run()
+    with h5py.File(tmp_path / "r.h5") as result:
+        assert result["xpcs/multitau/normalized_g2"].shape[1] == len(RATES)
 
 
 class Logged(Kept):

@@ -109,6 +109,14 @@ def test_a_region_that_comes_or_goes_is_told_at_once_and_its_frames_stay_counted
         assert told["frames"] == 602
 
 
+def test_a_worker_that_is_gone_is_not_ready(tmp_path):
+    path = tmp_path / "status"
+    with Status(path) as status:
+        status.say("", ready=True)
+        waited_for(path, lambda told: told.get("ready"))
+    assert (read(path)["ready"], read(path)["message"]) == (False, "gone")
+
+
 def test_a_status_that_cannot_be_written_is_told_once_and_stops_nobody(tmp_path, caplog):
     with Status(tmp_path / "none" / "status") as status:
         for _ in range(3):

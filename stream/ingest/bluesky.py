@@ -188,10 +188,13 @@ class BlueskySource:
         if isinstance(held.first, RunStop):
             return self._taken[held.first.run].ended is not None
         found = self._match(held.first, held.idle)
-        return found is not None and found.is_described and found.was_open(held.idle)
+        if found is None or not (found.is_described and found.was_open(held.idle)):
+            return False
+        # One that names no detectors may be around that which does, and whose start is late.
+        return found.facts.has_detectors or any(found.facts.run in text for text in _said(held.first))
 
     def _match(self, start: RunStart, idle: float) -> _Known | None:
-        said = [start.run, *(value for value in start.metadata.values() if isinstance(value, str))]
+        said = _said(start)
         for uid, known in self._known.items():
             if any(uid in text for text in said):
                 return known
@@ -231,6 +234,11 @@ class BlueskySource:
             if message.exit_status == "success" and known.ended is not None:
                 message = replace(message, exit_status=known.exit_status)
         return replace(message, run=known.facts.run)
+
+
+def _said(start: RunStart) -> list[str]:
+    """Return where a detector may tell of a uid: first its name of the run."""
+    return [start.run, *(value for value in start.metadata.values() if isinstance(value, str))]
 
 
 def _nbytes(batch: FrameBatch) -> int:

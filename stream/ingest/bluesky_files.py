@@ -39,16 +39,25 @@ class _Reading:
     next: int = -1
     """Frame to be read next; -1 before the RunStart."""
     is_refused: bool = False
+    is_done: bool = False
+    """All of it was read, maybe before a restart. It is kept while an older one is not."""
 
     @property
     def is_begun(self) -> bool:
-        """Some of it was read."""
-        return self.next >= 0 or self.event > 0
+        """Some of it was read, and not all."""
+        return not self.is_done and (self.next >= 0 or self.event > 0)
 
     @property
     def has_something(self) -> bool:
         """It can be read, or is over."""
-        return bool(self.todo) or self.ended is not None
+        return not self.is_done and (bool(self.todo) or self.ended is not None)
+
+    def places(self) -> Position:
+        """Return how far it is read."""
+        run = self.facts.run
+        if self.is_done:
+            return {_end_of(run): 1}
+        return {_event_of(run): self.event, place_of(run): self.next} if self.is_begun else {}
 
     def add(self, told: Rows | Master, until: float) -> None:
         """Take what can be read at once with what is not yet tried as one."""
@@ -110,7 +119,11 @@ class BlueskyFiles:
         self._frame_time, self._within = frame_time, within
         self._runs = Runs(data_key=data_key, within=within, silence=silence)
         self._readings: dict[str, _Reading] = {}
-        self._sought: Position = {}
+        """In the order of their starts; the oldest is not done."""
+        self._sought: dict[str, int] = {}
+        """Places of runs whose start did not come again."""
+        self._sought_until = 0.0
+        """When they are no longer waited for."""
         self._look = 0.0
 
     def __enter__(self) -> Self:
@@ -122,6 +135,7 @@ class BlueskyFiles:
     def __iter__(self) -> Iterator[Message | None]:
         """Yield messages as documents tell of them; None when nothing came for one poll. Ends if the documents do."""
         before = self._documents.position()
+        self._sought_until = time.monotonic() + self._within
         for document in self._documents:
             now = time.monotonic()
             match document:
@@ -135,18 +149,23 @@ class BlueskyFiles:
                 yield from self._take(self._runs.expire(now), before, now)
                 yield from self._read()
         yield from self._take(self._runs.close(), before, time.monotonic())
+        self._sought_until = 0.0
         while self._readings:
             yield from self._read()
             yield None
             time.sleep(LOOK)  # files do not tell that they grew
 
     def position(self) -> Position:
-        """Return where the documents of the run that is read begin, and its next frame; {} if they cannot go back."""
-        reading = self._reading() or next(iter(self._readings.values()), None)
-        if reading is None or not reading.before:
-            return self._documents.position()
-        run = reading.facts.run
-        return {**reading.before, _event_of(run): reading.event, place_of(run): reading.next}
+        """Return where the documents of the oldest run begin that is not read, and what is read of it and of others.
+
+        {} if documents cannot go back.
+        """
+        oldest = next(iter(self._readings.values()), None)
+        places = dict(self._documents.position() if oldest is None else oldest.before)
+        if places:
+            for read in (self._sought, *(reading.places() for reading in self._readings.values())):
+                places |= read
+        return places
 
     def seek(self, position: Position) -> None:
         """Go to a `position` before iterating.
@@ -156,7 +175,8 @@ class BlueskyFiles:
         NotSeekable
             The documents cannot go back, or not there.
         """
-        self._sought = {place: n for place, n in position.items() if place.endswith((_event_of(""), place_of("")))}
+        of_runs = (_event_of(""), place_of(""), _end_of(""))
+        self._sought = {place: n for place, n in position.items() if place.endswith(of_runs)}
         self._documents.seek({place: n for place, n in position.items() if place not in self._sought})
 
     def _take(self, told: Iterator[Told], before: Position, now: float) -> Iterator[Rejected]:
@@ -164,14 +184,17 @@ class BlueskyFiles:
             match each:
                 case Opened(facts=facts):
                     if facts.run not in self._readings:
-                        event = self._sought.get(_event_of(facts.run), 0)
-                        next_ = self._sought.get(place_of(facts.run), -1)
-                        self._readings[facts.run] = _Reading(facts, before, event=event, next=next_)
+                        event = self._sought.pop(_event_of(facts.run), 0)
+                        next_ = self._sought.pop(place_of(facts.run), -1)
+                        is_done = bool(self._sought.pop(_end_of(facts.run), 0))
+                        self._readings[facts.run] = _Reading(facts, before, event=event, next=next_, is_done=is_done)
                     self._readings[facts.run].facts = facts
                 case Rows(run=run) | Master(run=run):
-                    self._readings[run].add(each, now + self._within)
+                    if not self._readings[run].is_done:
+                        self._readings[run].add(each, now + self._within)
                 case Ended(run=run):
                     self._readings[run].ended = each
+                    self._forget()
                     self._look = 0.0
                 case Rejected():
                     yield each
@@ -193,12 +216,22 @@ class BlueskyFiles:
                 reading.todo.popleft()
             if reading.ended is None:
                 return
-            del self._readings[run]
+            reading.is_done = True
+            self._forget()
             if reading.frames is not None:
                 yield RunStop(run=run, n_frames=reading.next, exit_status=reading.ended.exit_status)
 
+    def _forget(self) -> None:
+        """Forget runs that are done, from the oldest on."""
+        for run, reading in list(self._readings.items()):
+            if not reading.is_done or reading.ended is None:
+                return
+            del self._readings[run]
+
     def _reading(self) -> _Reading | None:
-        """Return the run that is read, or is to be read next."""
+        """Return the run that is read, or is to be read next; none before that comes again which is half read."""
+        if any(place.endswith(place_of("")) for place in self._sought) and time.monotonic() < self._sought_until:
+            return None
         begun = (each for each in self._readings.values() if each.is_begun)
         return next(begun, None) or next((each for each in self._readings.values() if each.has_something), None)
 
@@ -280,3 +313,7 @@ class BlueskyFiles:
 
 def _event_of(run: str) -> str:
     return f"{run}:event"
+
+
+def _end_of(run: str) -> str:
+    return f"{run}:end"

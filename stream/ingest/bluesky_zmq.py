@@ -62,6 +62,8 @@ class ZmqDocuments:
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(Handshakes.EVENTS | _AWAY)
         self._handshakes = Handshakes(keys)
         self._is_away = False
+        self._is_cut = False
+        """The connection is gone, and libzmq did not make another one."""
         try:
             if keys is not None:
                 keys.use(self._socket)
@@ -92,6 +94,10 @@ class ZmqDocuments:
                 message = self._socket.recv() if self._socket.poll(round(1000 * self._wait)) else None
             except zmq.ZMQError as error:
                 raise SourceError(f"{self._address}: {error}") from None
+            # Not while there is something to read: with a connection, libzmq throws away what came over it.
+            if message is None and self._is_cut:
+                self._is_cut = False
+                self._connect_again()
             yield None if message is None else self._read(message)
 
     def position(self) -> Position:
@@ -114,8 +120,8 @@ class ZmqDocuments:
         while self._monitor.poll(0):
             event = parse_monitor_message(self._monitor.recv_multipart())["event"]
             self._handshakes.take(event)
-            if event == zmq.EVENT_DISCONNECTED:
-                self._connect_again()
+            if event in (zmq.EVENT_DISCONNECTED, zmq.EVENT_HANDSHAKE_SUCCEEDED):
+                self._is_cut = event == zmq.EVENT_DISCONNECTED
             if event & _AWAY and not self._is_away:
                 self._is_away = True
                 _log.warning("%s is away; waiting for it", self._address)

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,9 @@ _log = logging.getLogger(__name__)
 
 REMEMBERED = 64
 """Runs, the newest."""
+
+OPENING = 5.0
+"""How long a run waits at its start for those who are told of it (s)."""
 
 
 class Publisher(AbstractContextManager["Publisher"], Protocol):
@@ -53,6 +57,8 @@ class BlueskySink:
     A sink that is started again in the middle of a run goes on with the run that it began, if it has a `memory`: there
     is one start, and no number of an event is used twice. What was being published when the process died may come
     twice (the same document, with the same uid), or, if it was an event before the last, never.
+
+    Whoever cannot be told how a run began gets no events before the end, and is told all of it then.
 
     Parameters
     ----------
@@ -112,6 +118,7 @@ class BlueskySink:
         with ExitStack() as entered:
             for publisher in self._everyone:
                 entered.enter_context(publisher)
+            self._opener = entered.enter_context(ThreadPoolExecutor(1, "opening"))
             self._entered = entered.pop_all()
         return self
 
@@ -134,7 +141,7 @@ class BlueskySink:
         Raises
         ------
         SinkError
-            A document was not taken; one of an interim result is only logged.
+            The last result or the end was not taken; other documents are only logged. Or the memory failed.
         """
         run = self._runs.get(output.run)
         match output:
@@ -146,18 +153,19 @@ class BlueskySink:
                 if output.operator == "ledger" and not output.final:
                     self._interim(run)
             case RunStop() if run:
-                self._end(run, output)
                 del self._runs[output.run]
+                self._end(run, output)
 
     def flush(self) -> None:
-        """Return once the publishers have everything.
+        """Return once the publishers have everything; at once while one was not yet told how a run began.
 
         Raises
         ------
         SinkError
             One has not.
         """
-        self._flush(self._everyone)
+        if all(run.opening.done() and not run.opening.result() for run in self._runs.values()):
+            self._flush(self._everyone)
 
     def _begin(self, start: RunStart) -> None:
         documents = DerivedRun(
@@ -167,30 +175,63 @@ class BlueskySink:
         if published.ended:
             _log.warning("run %s: its documents are published already, as %s", start.run, documents.uid)
             return
-        self._runs[start.run] = _Run(documents, published)
-        opening = documents.opening(published.began)
+        began = documents.opening(published.began)
         self._save()
-        self._publish(documents.uid, opening, self._stores if published.opened else self._everyone)
-        self.flush()
-        published.opened = True
-        self._save()
+        to = self._stores if published.opened else self._everyone
+        run = _Run(documents, published, began, self._opener.submit(self._open, documents.uid, began, to))
+        self._runs[start.run] = run
+        if wait([run.opening], OPENING).not_done:
+            _log.warning("run %s goes on, though not all were told within %g s how it began", start.run, OPENING)
+        else:
+            self._opened(run)
+
+    def _open(self, run: str, began: Sequence[Document], publishers: Sequence[Publisher]) -> list[Publisher]:
+        """Return who did not take how a run began."""
+        missing = []
+        for publisher in publishers:
+            try:
+                self._tell(publisher, run, began)
+            except SinkError as error:
+                _log.warning("run %s: how it began is told again at its end: %s", run, error)
+                missing.append(publisher)
+        return missing
+
+    def _tell(self, publisher: Publisher, run: str, began: Sequence[Document]) -> None:
+        for name, document in began:
+            publisher.publish(run, name, document, may_be_lost=False)
+        publisher.flush()
+
+    def _opened(self, run: "_Run") -> list[Publisher]:
+        """Return who was not told how a run began, once that was tried."""
+        missing = run.opening.result()
+        if not (missing or run.published.opened):
+            run.published.opened = True
+            self._save()
+        return missing
 
     def _interim(self, run: "_Run") -> None:
         now = time.monotonic()
         if now < run.due or "multitau" not in run.results or run.published.ending is not None:
             return
+        # Publishers are asked by one thread at a time.
+        if not all(each.opening.done() for each in self._runs.values()):
+            return
+        missing = self._opened(run)
         run.due = now + self._every
         # Before it is out: a number that is missing harms nobody, two events of one number do.
         run.published.n_events += 1
         self._save()
         event = run.documents.event(run.results, run.published.n_events, time.time())
         try:
-            self._publish(run.documents.uid, [event], self._everyone, may_be_lost=True)
+            others = [publisher for publisher in self._everyone if publisher not in missing]
+            self._publish(run.documents.uid, [event], others, may_be_lost=True)
         except SinkError as error:
             _log.warning("an event was dropped: %s", error)
 
     def _end(self, run: "_Run", stop: RunStop) -> None:
         published, documents = run.published, run.documents
+        wait([run.opening, *(each.opening for each in self._runs.values())])
+        missing = self._opened(run)
         has_last = "multitau" in run.results
         if published.ending is None:
             published.n_events += has_last
@@ -201,8 +242,10 @@ class BlueskySink:
         result = self._result(documents, stop.run, now)
         end = documents.stop(stop, published.n_events, now)
         with _first_failure() as attempt:
-            attempt(self._publish, documents.uid, [*last, *result], self._everyone)
-            for publishers in (self._stores, self._publishers):
+            away = [each for each in missing if not attempt(self._tell, each, documents.uid, run.began)]
+            stores, others = ([each for each in of if each not in away] for of in (self._stores, self._publishers))
+            attempt(self._publish, documents.uid, [*last, *result], [*others, *stores])
+            for publishers in (stores, others):
                 attempt(self._publish, documents.uid, [end], publishers)
                 attempt(self._flush, publishers)
         published.ended = True
@@ -243,15 +286,17 @@ class BlueskySink:
 
 
 @contextmanager
-def _first_failure() -> Iterator[Callable[..., None]]:
-    """Give what calls a function, whatever became of those before; in the end raise the first SinkError of them."""
+def _first_failure() -> Iterator[Callable[..., bool]]:
+    """Give what calls a function and tells whether it went well; in the end raise the first SinkError of them."""
     failures: list[SinkError] = []
 
-    def attempt(do: Callable[..., None], *given: Any, **options: Any) -> None:
+    def attempt(do: Callable[..., None], *given: Any, **options: Any) -> bool:
         try:
             do(*given, **options)
         except SinkError as error:
             failures.append(error)
+            return False
+        return True
 
     yield attempt
     if failures:
@@ -264,8 +309,7 @@ class _Published(BaseModel):
     """Start and descriptor are out."""
     n_events: int = 0
     ending: float | None = None
-    """When the end began to be published."""
-    """Then no other event comes before the last."""
+    """When the end began to be published: then no other event comes before the last."""
     ended: bool = False
 
 
@@ -277,6 +321,9 @@ class _Memory(BaseModel):
 class _Run:
     documents: DerivedRun
     published: _Published
+    began: list[Document]
+    opening: Future[list[Publisher]]
+    """Who did not take how it began, once that is known."""
     results: dict[str, Result] = field(default_factory=dict)
     due: float = 0.0
     """When the next event may be published; monotonic."""

@@ -12,18 +12,23 @@ from typing import Any, Self
 
 import httpx
 from bluesky_tiled_plugins import TiledWriter
+from event_model import EventModelError
+from jsonschema import ValidationError  # type: ignore[import-untyped]
 from tiled.client import from_context
 from tiled.client.auth import CannotRefreshAuthentication
 from tiled.client.context import CannotPrompt, Context
 
 from stream.errors import SinkError
-from stream.sinks.bluesky_tiled_nodes import Container, Unanswered, seq_nums
+from stream.sinks.bluesky_tiled_nodes import Container, Unanswered, events
 from stream.wire import one_line
 
 _log = logging.getLogger(__name__)
 
 MAX_WAITING = 1000
 """Documents that wait for the server, of all runs."""
+
+MAX_RUNS = 64
+"""That are written at once. Of one that never ends the others make room."""
 
 ANSWER = 10.0
 """How long the server may take to say that it is there (s)."""
@@ -43,7 +48,8 @@ _OPENING = ("start", "descriptor", "stream_resource")
 _OF_FILES = ("stream_resource", "stream_datum")
 _FAILURES = (
     *(httpx.HTTPError, CannotPrompt, CannotRefreshAuthentication, Unanswered),
-    *(OSError, RuntimeError, ValueError, TypeError, LookupError),
+    *(EventModelError, ValidationError),
+    *(OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError),
 )
 """Of Tiled's client and of TiledWriter."""
 
@@ -140,7 +146,9 @@ class TiledDocuments:
                 now = time.monotonic()
                 if self._stop is not None and self._stop.is_set():
                     deadline = min(deadline, now + GRACE)
-                if now >= deadline or not self._thread.is_alive():
+                if not self._thread.is_alive():
+                    raise SinkError(f"{self._uri}: nothing is written any more: what writes failed, as was said")
+                if now >= deadline:
                     raise SinkError(f"{self._uri}: Tiled did not take everything{self._because()}")
                 self._changed.wait(POLL)
             failures, self._failures = self._failures, []
@@ -150,7 +158,9 @@ class TiledDocuments:
     def _work(self) -> None:
         """Write what waits, one after the other."""
         while (given := self._next()) is not None:
-            run = self._runs.setdefault(given.run, _Run())
+            run = self._runs[given.run] = self._runs.pop(given.run, _Run())
+            if len(self._runs) > MAX_RUNS:
+                del self._runs[next(iter(self._runs))]
             self._write(run, given)
             if given.name == "stop":
                 del self._runs[given.run]
@@ -167,6 +177,9 @@ class TiledDocuments:
 
     def _write(self, run: "_Run", given: "_Given") -> None:
         """Write a document, if need be again and again; or say why not."""
+        if run.failure and given.name == "stop":
+            with self._changed:
+                self._failures.append(run.failure)
         while not (run.is_left or self._closing.is_set()):
             try:
                 self._give(run, given)
@@ -184,10 +197,19 @@ class TiledDocuments:
     def _give(self, run: "_Run", given: "_Given") -> None:
         if run.writer is None:
             run.writer = self._writer(run, given.run)
-        is_kept = given.name == "event" and given.document["seq_num"] <= run.n_kept
+        document = dict(given.document)
+        is_kept = document["time"] in run.kept if given.name == "event" else (given.name, document) in run.opening
         if run.is_left or is_kept or (run.has_no_files and given.name in _OF_FILES):
             return
-        run.writer(given.name, dict(given.document))
+        # A process that remembered nothing of the run began to count again.
+        if given.name == "event":
+            document["seq_num"] = max(document["seq_num"], run.n_events + 1)
+        elif given.name == "stop":
+            said = document.get("num_events", {})
+            document["num_events"] = {**said, "primary": max(said.get("primary", 0), run.n_events)}
+        run.writer(given.name, document)
+        if given.name == "event":
+            run.n_events = document["seq_num"]
         if given.name in _OPENING:
             run.opening.append((given.name, given.document))
         if given.name == "stream_datum" and not run.has_looked:
@@ -201,7 +223,9 @@ class TiledDocuments:
             if not run.opening and "stop" in there.metadata:
                 _log.warning("%s: run %s is there already, with its end: it is left as it is", self._uri, uid)
                 run.is_left = True
-            run.n_kept = max(seq_nums(there["primary"].base), default=0)
+            kept = events(there["primary"].base)
+            run.kept = {time for _, time in kept}
+            run.n_events = max((number for number, _ in kept), default=0)
         writer = TiledWriter(Container(self._client), batch_size=1)
         for name, document in run.opening:
             writer(name, dict(document))
@@ -226,7 +250,7 @@ class TiledDocuments:
             _log.warning("%s: the run is kept without its result file: %s", self._uri, why)
             run.has_no_files = True
         else:
-            run.is_left = True
+            run.is_left, run.failure = True, why
             with self._changed:
                 self._failures.append(why)
 
@@ -257,13 +281,17 @@ class _Run:
     writer: TiledWriter | None = None
     opening: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
     """What was written that a writer has to know to go on."""
-    n_kept: int = 0
-    """Number of the last event that was there when the writer was made."""
+    kept: set[float] = field(default_factory=set)
+    """Times of the events that were there when the writer was made."""
+    n_events: int = 0
+    """Number of the last event that is there."""
     has_looked: bool = False
     """Whether the server can read a file."""
     has_no_files: bool = False
     is_left: bool = False
     """Nothing more is written of it."""
+    failure: str = ""
+    """Why not."""
 
 
 def _client(uri: str) -> Any:

@@ -18,14 +18,14 @@ class Unanswered(Exception):
     """Whether rows were added to a table is not known."""
 
 
-def seq_nums(stream: Any) -> list[int]:
-    """Return the numbers of the events that are kept, of a stream as a plain container."""
+def events(stream: Any) -> list[tuple[int, float]]:
+    """Return number and time (s) of the events that are kept, of a stream as a plain container."""
     try:
         table = stream[TABLE]
     except KeyError:
         return []
-    numbers: list[int] = table.read(["seq_num"])["seq_num"].tolist()
-    return numbers
+    kept = table.read(["seq_num", "time"])
+    return list(zip(kept["seq_num"].tolist(), kept["time"].tolist(), strict=True))
 
 
 class Container:
@@ -62,7 +62,7 @@ class Container:
         """Return the array of that name, once the array is in it, behind what counts."""
         node, is_new = self._made(self._node.write_array, key, array, **described)
         if not is_new:
-            node.patch(array, offset=(len(seq_nums(self._node)),), extend=True)
+            node.patch(array, offset=(len(events(self._node)),), extend=True)
         return node
 
     def _made(self, make: Callable[..., Any], key: str, *described: Any, **more: Any) -> tuple[Any, bool]:
