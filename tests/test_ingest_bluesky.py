@@ -722,16 +722,20 @@ def test_a_master_file_that_comes_late_is_waited_for(tmp_path):
     np.testing.assert_array_equal(frames_of(messages, "e"), frames[0])
 
 
-def test_a_master_file_is_read_once_all_its_data_files_are_there(tmp_path):
+def test_a_master_file_is_read_as_its_data_files_come(tmp_path):
     (tmp_path / "ab").mkdir()
     frames = master(tmp_path / "ab" / "cd_40_master.h5", 10, 0)
     last = tmp_path / "ab" / "cd_40_data_000002.h5"
     away = last.rename(tmp_path / "away.h5")
-    timer = threading.Timer(0.3, lambda: away.rename(last))
-    timer.start()
-    messages = collected(BlueskyFiles(Handed(*eiger(n_events=1)), Roots({"/data": tmp_path})))
-    timer.join()
+    messages = []
+    for message in BlueskyFiles(Handed(*eiger(n_events=1)), Roots({"/data": tmp_path})):
+        messages.append(message)
+        if isinstance(message, RunStop):
+            break
+        if away.exists() and isinstance(message, FrameBatch) and message.first + len(message.frames) == 5:
+            away.rename(last)
     np.testing.assert_array_equal(frames_of(messages, "e"), frames)
+    assert [type(message) for message in messages if message].count(RunStart) == 1
 
 
 def test_a_frame_that_is_told_of_and_not_yet_written_is_waited_for(tmp_path):

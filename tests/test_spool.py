@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -18,6 +19,7 @@ from stream.ingest.hdf5 import Hdf5Source
 from stream.ingest.hdf5_growing import GrowingFrames
 from stream.messages import FrameBatch, Rejected, RunStart, RunStop
 from stream.sinks.spool import Spool
+from stream.sinks.spool_run import SpooledRun
 from tests.conftest import chunks_of, events_of, make_start
 from tests.plane import DEADLINE, REGIONS, Plane, until_said
 from tests.test_command_line import finished, xpcs_stream
@@ -289,6 +291,33 @@ def test_a_full_disk_is_a_hole_and_the_run_goes_on_once_there_is_room(small_disk
     [path] = masters(small_disk / "spool")
     assert frames_in(read(path)) == [*range(10), *range(20, 40)]
     assert "no room, and no run in it is proven safe" in caplog.text
+
+
+def fill(disk, leave):
+    """Leave so many bytes free."""
+    free = shutil.disk_usage(disk).free
+    (disk / "filling").write_bytes(bytes(free - leave))
+
+
+def test_a_part_that_can_be_seen_is_whole_however_little_room_there_was_for_its_end(small_disk):
+    """Where its frames are is written at its end."""
+    chunks = chunks_of(COUNTS[:1, :8, :8]).chunks * 30_000
+    seen = set()
+    for pages in range(0, 60, 12):
+        run = SpooledRun(small_disk, replace(START, run=f"with-{pages}", shape=(8, 8)))
+        run.write(0, chunks)
+        fill(small_disk, leave=4096 * pages)
+        try:
+            run.settle()
+        except OSError:
+            run.discard()
+        (small_disk / "filling").unlink()
+        is_there = (run.path / f"with-{pages}_data_000001.h5").exists()
+        seen.add(is_there)
+        if is_there:
+            messages = read(run.path / f"with-{pages}_master.h5", batch=30_000)
+            assert [len(m.frames) for m in messages if isinstance(m, FrameBatch)] == [30_000]
+    assert seen == {False, True}
 
 
 def run_of(name, n=40):

@@ -283,8 +283,7 @@ class BlueskyFiles:
                 raise _NotYet from None
             raise
         with source:
-            if may_wait and not source.is_complete:
-                raise _NotYet
+            is_growing = may_wait and not source.is_complete
             if reading.next >= 0 and master.event == reading.event:
                 source.seek({next(iter(source.position())): reading.next})
             reading.event = master.event
@@ -292,10 +291,13 @@ class BlueskyFiles:
             if master.event:
                 facts = replace(facts, run=f"{facts.run}/{master.event + 1}")
             for message in source:
+                if is_growing and isinstance(message, RunStop):
+                    raise _NotYet
                 reading.next = next(iter(source.position().values()))
                 match message:
                     case RunStart():
-                        yield merged(message, facts)
+                        start = merged(message, facts)
+                        yield _unplanned(start) if is_growing else start
                     case FrameBatch() | RunStop():
                         yield replace(message, run=facts.run)
                     case Rejected():
@@ -309,6 +311,11 @@ class BlueskyFiles:
             if self._frame_time is not None or "frame_time" not in facts.numbers:
                 raise
             return Hdf5Source(path, batch=self._batch, frame_time=facts.numbers["frame_time"], give=self._give)
+
+
+def _unplanned(start: RunStart) -> RunStart:
+    """Return it without the number of frames, which is of those that are there so far."""
+    return replace(start, metadata={name: value for name, value in start.metadata.items() if name != "n_frames"})
 
 
 def _event_of(run: str) -> str:

@@ -89,7 +89,8 @@ class Hdf5Source:
         try:
             with ExitStack() as files:
                 file = files.enter_context(open_file(path))
-                datasets, self.is_complete = _datasets(file, path, dataset)
+                datasets, self._absent = _datasets(file, path, dataset)
+                self.is_complete = self._absent is None
                 said = nexus.describe(file)
                 beside = metadata or path.with_name(f"{path.stem}_metadata.hdf")
                 if metadata or beside.exists():
@@ -123,6 +124,8 @@ class Hdf5Source:
             yield from self._read()
         if self._next == self._n_frames:
             self._next += 1
+            if not self.is_complete:
+                logger.warning("an aborted run? Its data files from %s on are not there", self._absent)
             exit_status: ExitStatus = "success" if self.is_complete else "abort"
             yield RunStop(run=self._start.run, n_frames=self._n_frames, exit_status=exit_status)
 
@@ -156,8 +159,8 @@ class Hdf5Source:
                 yield FrameBatch(run=self._start.run, first=first, frames=frames, timestamp_ns=timestamp_ns)
 
 
-def _datasets(file: h5py.File, path: Path, name: str | None) -> tuple[list[h5py.Dataset], bool]:
-    """Return the datasets that hold the frames, in order, and whether they are all that the file names."""
+def _datasets(file: h5py.File, path: Path, name: str | None) -> tuple[list[h5py.Dataset], str | None]:
+    """Return the datasets that hold the frames, in order, and the first file that is named and not there."""
     data = file.get("/entry/data")
     linked = [k for k in data if re.fullmatch(r"data_\d+", k)] if isinstance(data, h5py.Group) else []
     linked.sort(key=lambda k: int(k.removeprefix("data_")))
@@ -166,14 +169,12 @@ def _datasets(file: h5py.File, path: Path, name: str | None) -> tuple[list[h5py.
     present = [n for n, absent_file in zip(names, absent, strict=True) if absent_file is None]
     if not present or present != names[: len(present)]:
         raise SourceError(f"{path} needs {next(filter(None, absent))}, which is not there")
-    if len(present) < len(names):
-        logger.warning("%s: an aborted run? Its data files from %s on are not there", path, absent[len(present)])
     datasets = [dataset_of(file, path, n) for n in present]
     frame = (datasets[0].shape[1:], datasets[0].dtype)
     for dataset, n in zip(datasets, present, strict=True):
         if (dataset.shape[1:], dataset.dtype) != frame:
             raise SourceError(f"{path}: frames of {n} are {dataset.shape[1:]} {dataset.dtype}, those before {frame}")
-    return datasets, present == names
+    return datasets, None if present == names else absent[len(present)]
 
 
 def _absent_file(file: h5py.File, path: Path, name: str) -> str | None:
