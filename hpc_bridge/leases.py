@@ -1,6 +1,5 @@
 """The record of leases: what was asked of schedulers, on disk before it is asked. One SQLite file, one writer."""
 
-import fcntl
 import os
 import secrets
 import sqlite3
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from hpc_bridge import record
 from hpc_bridge.errors import RecordError
 
 SCHEMA = 1
@@ -134,7 +134,7 @@ class Leases:
         RecordError
             Another manager has it (names its process), it is of a newer version, or no such record.
         """
-        lock = _lock(path)
+        lock = record.lock(path, "manager")
         try:
             return cls(path, _connect(path, _prepare), lock)
         except RecordError:
@@ -329,29 +329,13 @@ class Leases:
             raise RecordError(f"{self._path}: {error}") from None
 
 
-def _lock(path: Path) -> int:
-    try:
-        lock = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise RecordError(f"{path}: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        pid = os.read(lock, 20).decode("ascii", "replace")
-        os.close(lock)
-        raise RecordError(f"{path}: another manager has it: process {pid}") from None
-    os.ftruncate(lock, 0)
-    os.write(lock, str(os.getpid()).encode())
-    return lock
-
-
 def _connect(path: Path, then: Callable[[sqlite3.Connection], None], uri: str | None = None) -> sqlite3.Connection:
     try:
         connection = sqlite3.connect(uri or path, isolation_level=None, uri=uri is not None)
     except sqlite3.Error as error:
         raise RecordError(f"{path}: {error}") from None
     try:
-        connection.row_factory = _row
+        connection.row_factory = record.row
         then(connection)
     except (sqlite3.Error, RecordError) as error:
         connection.close()
@@ -375,7 +359,3 @@ def _check(connection: sqlite3.Connection) -> None:
         raise RecordError(f"it is of version {version}; this hpc-bridge knows versions up to {SCHEMA}")
     if version != SCHEMA:
         raise RecordError("it is no record of leases")
-
-
-def _row(cursor: sqlite3.Cursor, row: tuple[Any, ...]) -> dict[str, Any]:
-    return {column[0]: value for column, value in zip(cursor.description, row, strict=True)}

@@ -1,6 +1,5 @@
 """The record of requests to move files: on disk before anything is asked of anybody. One SQLite file, one writer."""
 
-import fcntl
 import hashlib
 import os
 import sqlite3
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from hpc_bridge import record
 from hpc_bridge.errors import RecordError
 from hpc_bridge.transfer import Progress, Request, State
 
@@ -85,7 +85,7 @@ class Moves:
         RecordError
             Another mover has it, or it is something else.
         """
-        lock = _lock(path)
+        lock = record.lock(path, "mover")
         try:
             moves = cls(path, _connect(path), lock)
         except RecordError:
@@ -263,30 +263,10 @@ def _id(request: Request) -> str:
     return hashlib.sha256(request.model_dump_json(exclude={"deadline"}).encode()).hexdigest()[:12]
 
 
-def _lock(path: Path) -> int:
-    try:
-        lock = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise RecordError(f"{path}: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        pid = os.read(lock, 20).decode("ascii", "replace")
-        os.close(lock)
-        raise RecordError(f"{path}: another mover has it: process {pid}") from None
-    os.ftruncate(lock, 0)
-    os.write(lock, str(os.getpid()).encode())
-    return lock
-
-
 def _connect(path: Path) -> sqlite3.Connection:
     try:
         connection = sqlite3.connect(path, isolation_level=None)
     except sqlite3.Error as error:
         raise RecordError(f"{path}: {error}") from None
-    connection.row_factory = _row
+    connection.row_factory = record.row
     return connection
-
-
-def _row(cursor: sqlite3.Cursor, row: tuple[Any, ...]) -> dict[str, Any]:
-    return {column[0]: value for column, value in zip(cursor.description, row, strict=True)}
