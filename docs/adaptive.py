@@ -152,7 +152,9 @@ class HowFarOff:
 
 
 class Parabola:
-    """Suggests the lowest point of a parabola through what is known. An Optimizer; bluesky-adaptive's own needs torch.
+    """Suggests the lowest point of a parabola through what is known. An Optimizer of bluesky-adaptive's kind.
+
+    Of its own, version 1.0, that of scipy does not minimize, and the others need torch.
 
     A response surface (Box & Wilson, J. R. Stat. Soc. B 13, 1 (1951)) in one dimension, of the logarithm; low points
     count more. It stops where it would suggest the same again.
