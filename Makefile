@@ -3,8 +3,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 bin := $(VENV)/bin
-# Most tests wait for other processes, so several files go at once.
-together := --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+# Most tests wait for other processes, so several files go at once, on two cores as well.
+together := --numprocesses=4 --dist=loadfile --no-loadscope-reorder
+# Begins first, since it takes longest: the others are done beside it.
+longest := tests/test_hpc_bridge.py
 
 .PHONY: demo test kafka slurm clean test-pbs
 
@@ -16,7 +18,7 @@ test: $(VENV)/installed-for-test kafka slurm
 	$(bin)/ruff check .
 	$(bin)/mypy
 	$(bin)/lint-imports
-	$(bin)/pytest $(together)
+	$(bin)/pytest $(together) $(longest) $(filter-out $(longest),$(sort $(wildcard tests/test_*.py)))
 	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=$(abspath $(VENV))/boundscheck $(bin)/pytest $(together) tests/test_kernels.py tests/test_multitau.py tests/test_means.py
 
 # Against a live OpenPBS, for whoever has one: tests/test_pbs.py says what it must be like.

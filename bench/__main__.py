@@ -15,7 +15,10 @@ NAMES = {
     "kafka": "frames per second through Kafka into one merged g2, against the bare client; latency, failover",
     "zmq": "the same through the ZeroMQ plane",
     "allocate": "seconds from run start to first frame correlated on nodes of a real Slurm; a lost node replaced",
+    "fallback": "seconds of every stage of a run of 878 MB that goes by file, beside the same run streamed",
     "bluesky": "documents per second in and out, against bluesky-kafka's own; delay from raw to derived event",
+    "switch": "simulated: frames live, by file and in final results under the switch, against never switching",
+    "live": "milliseconds from a result to the page on the screen, server CPU per browser, weight of the page",
     "stream": "frames per second over ZeroMQ into g2, against receiving only; latency from frame to result",
 }
 

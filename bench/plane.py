@@ -121,7 +121,7 @@ class Beamline:
         sink = plane.gateway(REGIONS, ring_bytes=RING_BYTES, waits=True, stop=stop)
         with ExitStack() as stack:
             for share in (REGIONS, REGIONS // WORKERS):
-                _until(stack.enter_context(self._worker(address, publish_every)), "begins here", share)
+                until_said(stack.enter_context(self._worker(address, publish_every)), "begins here", share)
             stack.enter_context(sink)
             results = stack.enter_context(plane.results())
             sender = threading.Thread(target=send, args=(source, [sink], Regions(REGIONS), stop))
@@ -148,20 +148,20 @@ class Beamline:
         address, plane = self._new()
         sink = plane.gateway(REGIONS, ring_bytes=RING_BYTES, waits=True, stop=threading.Event())
         with sink, self._worker(address, PUBLISH_EVERY, *program) as first:
-            _until(first, "begins here", REGIONS)
+            until_said(first, "begins here", REGIONS)
             with self._worker(address, PUBLISH_EVERY, *program) as second:
-                _until(second, "begins here", REGIONS // 2)
+                until_said(second, "begins here", REGIONS // 2)
                 first.kill()
                 begin = time.perf_counter()
-                _until(second, "begins here", REGIONS // 2)
+                until_said(second, "begins here", REGIONS // 2)
                 return time.perf_counter() - begin
 
     @contextmanager
     def _worker(self, address: str, publish_every: float, *program: str) -> Iterator["subprocess.Popen[str]"]:
         command = ("-v", "worker", "--source", address, "--qmap", self._qmap, "--threads", "1")
         options = ("--checkpoints", self._folder / "checkpoints", "--publish-every", f"{publish_every} s")
-        with _started(*(program or STREAM), *command, *options) as process:
-            _until(process, "taking regions", 1)
+        with started(*(program or STREAM), *command, *options) as process:
+            until_said(process, "taking regions", 1)
             yield process
 
     def _alone(self, n: int) -> float:
@@ -207,7 +207,7 @@ class Beamline:
                 "worker": ("--source", address, "--qmap", small, *often, *serving),
                 "merge": ("--source", address, "--qmap", small, "--publish", shown, "--quiet", *often),
             }
-            processes = [stack.enter_context(_started(*STREAM, name, *options)) for name, options in commands.items()]
+            processes = [stack.enter_context(started(*STREAM, name, *options)) for name, options in commands.items()]
             results = iter(stack.enter_context(ZmqResults(display.address)))
             detector.write(RunStart(run="small", shape=SMALL, dtype="|u1", frame_time=1e-4, count_time=1e-4))
             for first in range(0, LATE, BATCH):
@@ -275,19 +275,22 @@ def _megabytes(process: "subprocess.Popen[str]") -> float:
 
 
 @contextmanager
-def _started(*command: str | Path) -> Iterator["subprocess.Popen[str]"]:
+def started(*command: str | Path) -> Iterator["subprocess.Popen[str]"]:
     """Start a program of Python in a process of its own, which does not outlive the block."""
-    with subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             yield process
         finally:
             process.kill()
 
 
-def _until(process: "subprocess.Popen[str]", words: str, times: int) -> None:
+def until_said(process: "subprocess.Popen[str]", words: str, times: int) -> None:
+    """Return once a process has said something so many times."""
     assert process.stderr is not None  # noqa: S101 - for the type checker
     while times:
         line = process.stderr.readline()
         if not line:
-            raise RuntimeError(f"a worker ended before it said {words!r}")
+            raise RuntimeError(f"{process.args!r} ended before it said {words!r}")
         times -= words in line

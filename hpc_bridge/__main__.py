@@ -5,7 +5,7 @@ from typing import Any
 
 import typer
 
-from hpc_bridge import commands, pilot_command, transfer_command
+from hpc_bridge import bulk_command, commands, pilot_command, transfer_command
 from hpc_bridge.errors import BridgeError
 
 
@@ -44,6 +44,8 @@ for command in (
     commands.down,
     commands.check,
     commands.costs,
+    bulk_command.submit,
+    bulk_command.cancel,
     transfer_command.login,
     pilot_command.pilot,
 ):

@@ -4,9 +4,10 @@ from itertools import chain
 
 from hpc_bridge.config import Beamline, Site
 from hpc_bridge.curve import ManagerKeys
+from hpc_bridge.dialing import file_of
 from hpc_bridge.errors import ConfigError
 from hpc_bridge.job import Attributes, JobSpec
-from hpc_bridge.leases import Lease
+from hpc_bridge.leases import Kind, Lease
 from hpc_bridge.local import Local
 from hpc_bridge.pbs import Pbs
 from hpc_bridge.scheduler import Scheduler
@@ -56,23 +57,28 @@ def keys_of(site: Site) -> ManagerKeys | None:
 
 
 def job_of(lease: Lease, site: Site, beamline: Beamline) -> JobSpec:
-    """Return the job of a lease: a pilot that runs the beamline's command."""
+    """Return the job of a lease: a pilot that runs the beamline's command, or its tasks."""
     terms = {
         "--every": f"{site.heartbeats.every.total_seconds():g}",
         "--alone": f"{site.alone.total_seconds():g}",
         "--grace": f"{site.drain.total_seconds():g}",
         "--requeue-code": str(site.requeue_code),
     }
-    words = ("pilot", *way_home(site, lease.lease), *chain(*terms.items()), "--", *beamline.command)
+    what = ("--tasks",) if lease.kind is Kind.FILES else ("--", *beamline.command)
+    words = ("pilot", *way_home(site, lease.lease), *chain(*terms.items()), *what)
     return job(lease.name, words, site, lease.queue, beamline)
 
 
 def way_home(site: Site, lease: str) -> list[str]:
-    """Return the options of a pilot by which it finds its manager, and is known there."""
+    """Return the options of a pilot by which it finds its manager, or is found, and is known there."""
     beats = site.heartbeats
+    if beats.address is not None:
+        way = ["--manager", beats.address]
+    else:
+        way = ["--listen", beats.listen, "--announce", str(file_of(site.directory, lease))]
     keys = {"--secret-key": beats.pilot_secret_key, "--manager-key": beats.manager_key}
     given = [str(word) for name, file in keys.items() if file is not None for word in (name, file)]
-    return ["--lease", lease, "--manager", beats.address, *given]
+    return ["--lease", lease, *way, *given]
 
 
 def job(name: str, arguments: tuple[str, ...], site: Site, rung: str, beamline: Beamline) -> JobSpec:

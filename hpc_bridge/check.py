@@ -3,15 +3,18 @@
 import secrets
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_bridge.assembly import job, keys_of, scheduler_of, way_home
 from hpc_bridge.config import Beamline, Queue, Site
+from hpc_bridge.dialing import Addresses, file_of
 from hpc_bridge.errors import BridgeError
 from hpc_bridge.hearing import Hearing
 from hpc_bridge.heartbeat import Do, Finding, Heard, State
 from hpc_bridge.job import JobSpec, JobState
+from hpc_bridge.leases import PREFIXES
 from hpc_bridge.scheduler import Scheduler
 
 MOST_OFFSET = 1.0
@@ -69,7 +72,7 @@ def prove(
         return
     yield step("configuration", None, f"{len(site.credentials)} files of credentials, {'' if keys else 'no '}keys")
     try:
-        jobs = scheduler.list("xb-")
+        jobs = scheduler.list(tuple(PREFIXES.values()))
     except BridgeError as error:
         yield step("the scheduler answers", error)
         return
@@ -79,18 +82,44 @@ def prove(
     except BridgeError as error:
         yield step("heartbeats can come", error, "is a manager there? Take it down first")
         return
+    addresses = None
+    if site.heartbeats.dials == "manager":
+        addresses = Addresses(site.directory)
+        way = f"the manager dials pilots, which listen at {site.heartbeats.listen} and say so in {site.directory}"
+    else:
+        way = f"pilots dial {site.heartbeats.address}, the manager listens at {site.heartbeats.bind}"
     with ear:
-        yield step("heartbeats can come", None, site.heartbeats.bind)
+        yield step("heartbeats can come", None, way)
         for rung in rungs:
             lease = secrets.token_hex(6)
             arguments = ["pilot", "--trial", *way_home(site, lease)]
             arguments += [word for address in reach for word in ("--reach", address)]
             arguments += [word for directory in writable for word in ("--writable", str(directory))]
             spec = job(f"xbcheck-{lease}", (*arguments, "--", *command), site, rung.name, beamline)
-            yield from _trial(scheduler, ear, spec, rung, lease, within)
+            try:
+                yield from _trial(scheduler, _Listening(ear, addresses, lease), spec, rung, within)
+            finally:
+                if addresses is not None:
+                    with suppress(OSError):
+                        file_of(site.directory, lease).unlink(missing_ok=True)
 
 
-def _trial(scheduler: Scheduler, ear: Hearing, spec: JobSpec, rung: Queue, lease: str, within: float) -> Iterator[Step]:
+@dataclass(frozen=True, slots=True)
+class _Listening:
+    """To one pilot."""
+
+    ear: Hearing
+    addresses: Addresses | None
+    lease: str
+
+    def hear(self) -> list[Heard]:
+        """Return what it said since the last time, waiting a moment for it."""
+        if self.addresses is not None:
+            self.ear.dial(self.addresses.look(frozenset([self.lease])))
+        return [heard for heard in self.ear.poll(LOOK) if heard.heartbeat.lease == self.lease]
+
+
+def _trial(scheduler: Scheduler, pilot: _Listening, spec: JobSpec, rung: Queue, within: float) -> Iterator[Step]:
     began = time.monotonic()
 
     def step(name: str, *, ok: bool, detail: str, seconds: float | None = None) -> Step:
@@ -106,7 +135,7 @@ def _trial(scheduler: Scheduler, ear: Hearing, spec: JobSpec, rung: Queue, lease
     try:
         told: tuple[Finding, ...] = ()
         is_heard = False
-        for heard in _heard(scheduler, ear, job_id, lease, began + within):
+        for heard in _heard(scheduler, pilot, job_id, began + within):
             if not isinstance(heard, Heard):
                 yield step("its node is heard of", ok=False, detail=f"{heard}; its output is in {spec.directory}")
                 return
@@ -126,16 +155,15 @@ def _trial(scheduler: Scheduler, ear: Hearing, spec: JobSpec, rung: Queue, lease
             yield step("is cancelled", ok=False, detail=str(error))
 
 
-def _heard(scheduler: Scheduler, ear: Hearing, job_id: str, lease: str, deadline: float) -> Iterator[Heard | str]:
+def _heard(scheduler: Scheduler, pilot: _Listening, job_id: str, deadline: float) -> Iterator[Heard | str]:
     """Yield heartbeats until the trial has ended, or why there are none."""
     state, look = "nothing is known of its job", 0.0
     while time.monotonic() < deadline:
-        for heard in ear.poll(LOOK):
-            if heard.heartbeat.lease == lease:
-                yield heard
-                if heard.heartbeat.state is State.ENDED:
-                    return
-        if time.monotonic() < look or lease in ear.heard:
+        for heard in pilot.hear():
+            yield heard
+            if heard.heartbeat.state is State.ENDED:
+                return
+        if time.monotonic() < look or pilot.lease in pilot.ear.heard:
             continue
         look = time.monotonic() + 2.0
         try:

@@ -16,9 +16,9 @@ class Child:
     """A running command, in a process group of its own.
 
     The kernel kills it with the thread that started it, however that ends (PR_SET_PDEATHSIG of prctl(2)). It is asked
-    for between fork and exec, where Python is only safe while there is no other thread: so it is to be started before
-    there is one. `setpriv --pdeathsig` would do without that, but is not on RHEL 8, and leaves a gap in which its
-    parent may have died before it asks.
+    for between fork and exec, where Python is only safe while there is no other thread of it: so it is to be started
+    while there is none (those of ZeroMQ have no locks of Python). `setpriv --pdeathsig` would do without that, but is
+    not on RHEL 8, and leaves a gap in which its parent may have died before it asks.
 
     SIGKILL, since nobody is left to see to it that the command obeys.
 

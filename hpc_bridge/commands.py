@@ -26,7 +26,7 @@ State = Annotated[
         help="Of the manager: its record and what it holds. On a disk of its machine.",
     ),
 ]
-_STATE = Path("~/.local/state/hpc-bridge")
+STATE = Path("~/.local/state/hpc-bridge")
 AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
 
 
@@ -41,7 +41,7 @@ def up(
     detach: Annotated[
         bool, typer.Option("--detach", "-d", help="Manage in the background; the log is in the state directory.")
     ] = False,
-    state: State = _STATE,
+    state: State = STATE,
 ) -> None:
     """Hold compute nodes for beamlines, from now on until `down`.
 
@@ -76,14 +76,13 @@ def down(
     beamlines: Annotated[
         list[str] | None, typer.Argument(metavar="[BEAMLINE...]", help="None: all.", show_default=False)
     ] = None,
-    state: State = _STATE,
+    state: State = STATE,
 ) -> None:
     """Let the nodes of beamlines go: pilots hand over and end, waiting jobs are cancelled.
 
     Returns once that is so; the manager ends when it holds no beamline any more.
     """
     from hpc_bridge.control import NoManager, ask
-    from hpc_bridge.manager import Manager
 
     state = state.expanduser()
     try:
@@ -93,13 +92,15 @@ def down(
             ask(state, {"do": "down", "beamline": name})
         _wait_until_gone(state, gone)
     except NoManager:
-        with Manager(state) as manager, _stopped_by_signals() as stop:
+        from hpc_bridge.manager import Manager  # which takes its time to load
+
+        with Manager(state) as manager, stopped_by_signals() as stop:
             for name in beamlines or manager.beamlines:
                 manager.down(name)
             manager.run(stop)
 
 
-def status(as_json: AsJson = False, state: State = _STATE) -> None:
+def status(as_json: AsJson = False, state: State = STATE) -> None:
     """Show the pilots: where they are, what they do, how far behind, how long yet, and what they cost."""
     from rich.console import Console
 
@@ -115,7 +116,7 @@ def status(as_json: AsJson = False, state: State = _STATE) -> None:
 def watch(
     every: Annotated[float, typer.Option(min=0.1, metavar="S", help="Seconds between looks.")] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="One line per look.")] = False,
-    state: State = _STATE,
+    state: State = STATE,
 ) -> None:
     """Follow `status` until Ctrl-C."""
     from rich.live import Live
@@ -123,7 +124,7 @@ def watch(
     from hpc_bridge.report import tables
 
     state = state.expanduser()
-    with _stopped_by_signals() as stop:
+    with stopped_by_signals() as stop:
         if as_json:
             while not stop.is_set():
                 typer.echo(json.dumps(_reported(state)))
@@ -140,7 +141,7 @@ def costs(
     ] = None,
     days: Annotated[float, typer.Option(min=0.01, help="How far back.")] = 30.0,
     as_json: AsJson = False,
-    state: State = _STATE,
+    state: State = STATE,
 ) -> None:
     """Show what nodes cost: per beamline, account and run; and where the scheduler's accounting differs."""
     from rich.console import Console
@@ -210,7 +211,7 @@ def _manage(state: Path, wanted: "Sequence[Beamline]", sites: "Mapping[str, Site
 
     logging.getLogger("hpc_bridge").setLevel(logging.INFO)
     logging.getLogger("parsl").setLevel(logging.CRITICAL)  # what goes wrong is told by us, once
-    with Manager(state) as manager, _stopped_by_signals() as stop:
+    with Manager(state) as manager, stopped_by_signals() as stop:
         for beamline in wanted:
             manager.up(beamline, sites)
         typer.echo(f"manages {', '.join(manager.beamlines) or 'nothing: name a beamline'}", err=True)
@@ -250,7 +251,7 @@ def _wait_until_gone(state: Path, beamlines: Sequence[str]) -> None:
     from hpc_bridge.leases import Leases
     from hpc_bridge.state import StateDirectory
 
-    with _stopped_by_signals() as stop:
+    with stopped_by_signals() as stop:
         there = set(beamlines)
         while there & set(beamlines):
             if stop.wait(0.2):
@@ -271,7 +272,8 @@ def _reported(state: Path) -> Mapping[str, Any]:
 
 
 @contextmanager
-def _stopped_by_signals() -> Iterator[Event]:
+def stopped_by_signals() -> Iterator[Event]:
+    """Give an event that SIGINT and SIGTERM set."""
     stop = Event()
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

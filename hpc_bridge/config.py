@@ -1,44 +1,18 @@
 """What the YAML file of a site, and that of a beamline, may say; `docs/` has an example of each that says all of it."""
 
-import re
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
-import pint
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from hpc_bridge.bulk_config import Files
 from hpc_bridge.errors import ConfigError
-
-NAME = r"[A-Za-z0-9][A-Za-z0-9_]{0,31}"
-"""Of sites, queues and beamlines: they become parts of names of jobs and files."""
-
-_QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?)\s*(s|min|h|hours?|minutes?|seconds?|days?)\s*")
-"""Narrower than what pint reads: it would raise 9**9**9**9 to its power."""
+from hpc_bridge.section import Name, Section, Time
 
 
-def _time(value: Any) -> Any:
-    """Turn ``"72 h"`` into a timedelta; ``72:00:00`` and plain seconds are pydantic's matter."""
-    match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
-    return timedelta(seconds=pint.Quantity(float(match[1]), match[2]).to("s").magnitude) if match else value
-
-
-def _positive(value: timedelta) -> timedelta:
-    if value <= timedelta(0):
-        raise ValueError("is not a time that can pass")
-    return value
-
-
-Time = Annotated[timedelta, BeforeValidator(_time), AfterValidator(_positive)]
-Name = Annotated[str, Field(pattern=f"^{NAME}$")]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Queue(_Section):
+class Queue(Section):
     """A rung of the ladder: where nodes may come from."""
 
     name: Name
@@ -58,13 +32,18 @@ class Queue(_Section):
     """Further options as the scheduler takes them: ``--constraint=gpu``, ``-l filesystems=home``."""
 
 
-class Heartbeats(_Section):
-    """How pilots tell that they live: they dial out, nobody dials them."""
+class Heartbeats(Section):
+    """How pilots tell that they live."""
 
-    bind: str = Field(pattern=r"^tcp://[^/]+:\d+$")
-    """Where the manager listens, ``tcp://0.0.0.0:5570``."""
-    address: str = Field(pattern=r"^tcp://[^/]+:\d+$")
+    dials: Literal["pilots", "manager"] = "pilots"
+    """Who goes to whom. Pilots to the manager: nobody dials a node. Or the manager to pilots, where nodes reach nothing
+    outside, but are reached: each writes where it listens into the site's `directory`."""
+    bind: str | None = Field(default=None, pattern=r"^tcp://[^/]+:\d+$")
+    """Where the manager listens for pilots that dial, ``tcp://0.0.0.0:5570``."""
+    address: str | None = Field(default=None, pattern=r"^tcp://[^/]+:\d+$")
     """What pilots dial: the manager's machine as nodes see it, or the near end of a tunnel."""
+    listen: str = Field(default="tcp://*", pattern=r"^tcp://(\*|[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])$")
+    """On which of a node's interfaces a pilot listens that is dialled, at a free port: ``tcp://hsn0``; all of them."""
     secret_key: Path | None = None
     """The manager's CURVE key, of `xpcs-stream keys`."""
     allowed: Path | None = None
@@ -77,8 +56,16 @@ class Heartbeats(_Section):
     lost_after: Time = timedelta(seconds=10)
     """A pilot that was not heard of for so long is replaced."""
 
+    @model_validator(mode="after")
+    def _is_sound(self) -> "Heartbeats":
+        if self.dials == "pilots" and None in (self.bind, self.address):
+            raise ValueError("pilots dial: bind, where the manager listens, and address, what they dial, are needed")
+        if self.dials == "manager" and (self.bind or self.address):
+            raise ValueError("the manager dials: bind and address are for pilots that do")
+        return self
 
-class Site(_Section):
+
+class Site(Section):
     """A computing centre as one beamline staff sees it."""
 
     site: Name
@@ -129,7 +116,7 @@ class Site(_Section):
         return self
 
 
-class Account(_Section):
+class Account(Section):
     """On whose account nodes are taken, and how much of it."""
 
     account: str = Field(pattern=r"^[A-Za-z0-9_.:-]+$")
@@ -145,7 +132,7 @@ class Account(_Section):
         return 0.0 if self.since is None else self.since.astimezone().timestamp()
 
 
-class Beamline(_Section):
+class Beamline(Section):
     """What a beamline wants to run, and where."""
 
     beamline: Name
@@ -176,6 +163,8 @@ class Beamline(_Section):
     """Whose runs ask for nodes: documents of Bluesky, over Kafka or from a Proxy."""
     kafka_properties: Path | None = None
     """Settings of librdkafka to read them with, a ``name=value`` a line."""
+    files: Files | None = None
+    """Runs that go by file."""
 
     @model_validator(mode="after")
     def _is_sound(self) -> "Beamline":
@@ -183,6 +172,8 @@ class Beamline(_Section):
             raise ValueError(f"nodes + spares ({self.nodes + self.spares}) are more than max_nodes ({self.max_nodes})")
         if unknown := set(self.accounts) - set(self.sites):
             raise ValueError(f"accounts of sites that are not among the sites: {', '.join(sorted(unknown))}")
+        if self.files is not None and (unknown := set(self.files.sites) - set(self.sites)):
+            raise ValueError(f"files: sites that are not among the sites: {', '.join(sorted(unknown))}")
         return self
 
 

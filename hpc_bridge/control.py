@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,9 @@ from hpc_bridge.errors import BridgeError, ConfigError
 MAX_BYTES = 2**24
 MAX_PATH = 107
 """Of the name of a socket, in bytes (unix(7))."""
+
+LOOK = 1000
+"""Milliseconds between looks whether a manager that does not answer is still there."""
 
 
 class NoManager(BridgeError):
@@ -76,21 +80,18 @@ def ask(state: Path, asked: Mapping[str, Any], within: float = 10.0) -> Mapping[
     BridgeError
         It refuses, in its words; or does not answer.
     """
-    address = _address(state)
-    # ZeroMQ would wait for somebody to come.
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(address.removeprefix("ipc://"))
-        except OSError:
-            raise NoManager(f"{state}: no manager is there; hpc-bridge up begins one") from None
+    address, deadline = _address(state), time.monotonic() + within
+    _see_that_it_is_there(state, address)
     context = zmq.Context()
     asking = context.socket(zmq.REQ)
     asking.linger = 0
     try:
         asking.connect(address)
         asking.send(json.dumps(asked).encode())
-        if not asking.poll(round(1000 * within)):
-            raise BridgeError(f"{state}: its manager did not answer within {within:g} s")
+        while not asking.poll(LOOK):
+            _see_that_it_is_there(state, address)  # it may end before it answers
+            if time.monotonic() > deadline:
+                raise BridgeError(f"{state}: its manager did not answer within {within:g} s")
         told = _object(asking.recv())
     finally:
         asking.close()
@@ -98,6 +99,18 @@ def ask(state: Path, asked: Mapping[str, Any], within: float = 10.0) -> Mapping[
     if "error" in told:
         raise BridgeError(str(told["error"]))
     return told
+
+
+def _see_that_it_is_there(state: Path, address: str) -> None:
+    # ZeroMQ would wait for somebody to come.
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(address.removeprefix("ipc://"))
+        except BlockingIOError:  # more ask than it has time for
+            return
+        except OSError:
+            raise NoManager(f"{state}: no manager is there; hpc-bridge up begins one") from None
 
 
 def _object(text: bytes) -> Mapping[str, Any]:

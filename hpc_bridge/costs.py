@@ -12,7 +12,7 @@ from hpc_bridge import budget
 from hpc_bridge.assembly import scheduler_of
 from hpc_bridge.budget import HOUR
 from hpc_bridge.errors import BridgeError
-from hpc_bridge.leases import Lease, Leases
+from hpc_bridge.leases import PREFIXES, Lease, Leases
 from hpc_bridge.state import StateDirectory
 
 
@@ -51,7 +51,7 @@ def costs_of(state: Path, beamlines: Sequence[str], *, since: float, now: float)
 
 
 def _is_of(beamline: str, job: str) -> bool:
-    return job.startswith(f"xb-{beamline}-")
+    return job.startswith(tuple(f"{prefix}{beamline}-" for prefix in PREFIXES.values()))
 
 
 def tables(found: Mapping[str, Any]) -> RenderableType:

@@ -240,9 +240,9 @@ class _Decision:
         self._staying.pop(view.lease.lease, None)
 
 
-def _worth(view: View) -> tuple[int, int, float, float]:
+def _worth(view: View) -> tuple[int, bool, int, float, float]:
     up = {State.STARTING: 1, State.SERVING: 2}.get(view.state, 0)
-    return up, view.regions, view.ends, -view.lease.created
+    return up, view.has_task, view.regions, view.ends, -view.lease.created
 
 
 def _will_not_start(view: View, queue: Queue, now: float) -> str | None:

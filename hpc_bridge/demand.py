@@ -1,6 +1,7 @@
 """How many nodes a beamline wants, by its runs and by how far its pilots lag behind. Pure: it is told the time."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 from hpc_bridge.config import Beamline
 from hpc_bridge.leases import LONGEST_RUN, Run
@@ -89,3 +90,41 @@ class Demand:
         if self._more < most and now - self._lags_since >= self._beamline.grow_after.total_seconds():
             self._more += 1
             self._lags_since = now
+
+
+class FilesDemand:
+    """How many pilots the tasks of a beamline want at each site.
+
+    Parameters
+    ----------
+    nodes
+        At most, at all sites together.
+    linger
+        How long those are kept that have nothing to do (s), while no other site wants them.
+    has
+        How many there are already, by site.
+    """
+
+    def __init__(self, nodes: int, linger: float, has: Mapping[str, int], now: float) -> None:
+        self._nodes, self._linger = nodes, linger
+        self._kept = dict(has)
+        self._used = dict.fromkeys(has, now)
+
+    def wanted(self, now: float, asked: Sequence[str]) -> dict[str, int]:
+        """Return how many pilots shall be at each site.
+
+        Parameters
+        ----------
+        asked
+            Sites of the tasks that run, and then of those that wait, in the order in which they are handed out.
+        """
+        needed = Counter(asked[: self._nodes])
+        for site in self._kept.keys() | needed.keys():
+            if needed[site] >= self._kept.get(site, 0) or now - self._used[site] >= self._linger:
+                self._kept[site], self._used[site] = needed[site], now
+        left = self._nodes - needed.total()
+        for site, kept in self._kept.items():
+            idle = min(left, kept - needed[site])
+            needed[site] += idle
+            left -= idle
+        return dict(needed)

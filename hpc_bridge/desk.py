@@ -2,20 +2,21 @@
 
 import logging
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
+from threading import Thread
 
 from hpc_bridge.config import Site
 from hpc_bridge.errors import BridgeError, SchedulerRefused
 from hpc_bridge.job import Job, JobSpec
+from hpc_bridge.leases import PREFIXES
 from hpc_bridge.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
 
-PREFIX = "xb-"
-"""Of the names of all jobs of ours."""
+OURS = tuple(PREFIXES.values())
 
 OVERDUE = 3.0
 """Times that a command may take, after which a site is said to hang: a file system may, where no command does."""
@@ -55,39 +56,52 @@ class Desk:
         self._site, self._scheduler, self._answers = site.site, scheduler, answers
         self._every = site.list_every.total_seconds()
         self._patience = OVERDUE * site.command_timeout.total_seconds()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=site.site)
-        self._listing: Future[None] | None = None
+        self._is_listing = self._is_closed = False
         self._next_listing = self._overdue = 0.0
+        self._work: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        # A daemon: nobody waits for ever for a file system that hangs.
+        self._thread = Thread(target=self._run, name=site.site, daemon=True)
+        self._thread.start()
 
     def list(self) -> None:
         """Ask for the jobs when it is time; one that takes too long is told of as no answer."""
         now = time.monotonic()
-        if self._listing is not None and not self._listing.done():
+        if self._is_listing:
             if now > self._overdue:
                 self._overdue = now + self._patience
                 self._answers.put(Listed(site=self._site, asked=time.time(), jobs=None, why="it hangs"))
         elif now >= self._next_listing:
             self._next_listing, self._overdue = now + self._every, now + self._patience
-            self._listing = self._thread.submit(self._list)
+            self._is_listing = True
+            self._work.put(self._list)
 
     def submit(self, lease: str, spec: JobSpec) -> None:
         """Submit the job of a lease."""
-        self._thread.submit(self._submit, lease, spec)
+        self._work.put(partial(self._submit, lease, spec))
 
     def cancel(self, job_id: str) -> None:
         """Cancel a job."""
-        self._thread.submit(self._cancel, job_id)
+        self._work.put(partial(self._cancel, job_id))
 
     def close(self) -> None:
-        """Wait for what is under way; what is not begun is left."""
-        self._thread.shutdown(cancel_futures=True)
+        """Wait for what is under way, unless it hangs; what is not begun is left."""
+        self._is_closed = True
+        self._work.put(lambda: None)
+        self._thread.join(self._patience)
+        if self._thread.is_alive():
+            _log.warning("%s: what is under way hangs: it is left to itself", self._site)
+
+    def _run(self) -> None:
+        while not self._is_closed:
+            self._work.get()()
 
     def _list(self) -> None:
         asked = time.time()
         try:
-            listed = Listed(site=self._site, asked=asked, jobs=self._scheduler.list(PREFIX))
+            listed = Listed(site=self._site, asked=asked, jobs=self._scheduler.list(OURS))
         except Exception as error:  # noqa: BLE001 - nobody else would hear of it
             listed = Listed(site=self._site, asked=asked, jobs=None, why=self._words(error))
+        self._is_listing = False
         self._answers.put(listed)
 
     def _submit(self, lease: str, spec: JobSpec) -> None:

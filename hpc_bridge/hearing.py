@@ -1,4 +1,4 @@
-"""The manager's ear: which pilots live. They come here, nobody goes to them."""
+"""The manager's ear: which pilots live. They come here, or it goes to them."""
 
 import logging
 import time
@@ -11,7 +11,7 @@ import zmq
 from hpc_bridge import heartbeat as wire
 from hpc_bridge.curve import ManagerKeys
 from hpc_bridge.errors import ConfigError
-from hpc_bridge.heartbeat import Answer, Do, Heard
+from hpc_bridge.heartbeat import Answer, Assignment, Do, Heard
 
 _log = logging.getLogger(__name__)
 
@@ -19,6 +19,9 @@ LOOPBACK = ("tcp://127.", "tcp://localhost:", "tcp://[::1]:")
 
 AT_ONCE = 1000
 """Heartbeats taken in one poll."""
+
+ANEW = 5.0
+"""Seconds without a heartbeat after which a pilot is dialled anew: ZeroMQ does not after a handshake that failed."""
 
 MOST_LEASES = 10_000
 """Of which the newest heartbeat is kept; those that were silent for longest are forgotten."""
@@ -33,11 +36,13 @@ class Hearing:
     Parameters
     ----------
     address
-        Where to listen, ``tcp://host:port``.
+        Where to listen, ``tcp://host:port``. None: nowhere, see `dial`.
     answer
         Is given the lease and returns what its pilot is to do, and why. Called from `poll`.
     keys
         Ours, and who may come. None: neither encrypted nor authenticated.
+    task
+        Is given a heartbeat and what its pilot is to do, and returns which task it has. Called from `poll`.
 
     Attributes
     ----------
@@ -53,12 +58,20 @@ class Hearing:
     """
 
     def __init__(
-        self, address: str, answer: Callable[[str], tuple[Do, str]], *, keys: ManagerKeys | None = None
+        self,
+        address: str | None,
+        answer: Callable[[str], tuple[Do, str]],
+        *,
+        keys: ManagerKeys | None = None,
+        task: Callable[[Heard, Do], Assignment | None] = lambda heard, do: None,  # noqa: ARG005 - it has none
     ) -> None:
         self.n_rejected = 0
         self._answer = answer
+        self._task = task
         self._heard: dict[str, Heard] = {}
-        if keys is None and not address.startswith(LOOPBACK):
+        self._dialled: dict[str, float] = {}
+        """When, monotonic, by address."""
+        if keys is None and address is not None and not address.startswith(LOOPBACK):
             _log.warning("whoever reaches %s may claim to be a pilot: see xpcs-stream keys", address)
         self._context = zmq.Context()
         router = self._router = self._context.socket(zmq.ROUTER)
@@ -66,12 +79,14 @@ class Hearing:
         router.linger = 0  # who still waits for an answer asks again
         router.router_handover = True  # who comes again under its identity need not wait until its old connection dies
         self._authenticator = keys.use(router) if keys is not None else None
-        try:
-            router.bind(address)
-        except zmq.ZMQError as error:
-            self.close()
-            raise ConfigError(f"{address}: {error}") from None
-        self.address = router.get_string(zmq.LAST_ENDPOINT)
+        self.address = "whom we dial"
+        if address is not None:
+            try:
+                router.bind(address)
+            except zmq.ZMQError as error:
+                self.close()
+                raise ConfigError(f"{address}: {error}") from None
+            self.address = router.get_string(zmq.LAST_ENDPOINT)
 
     def __enter__(self) -> Self:
         return self
@@ -91,6 +106,25 @@ class Hearing:
     def heard(self) -> Mapping[str, Heard]:
         """The newest heartbeat of each lease."""
         return self._heard
+
+    def dial(self, addresses: Mapping[str, str]) -> None:
+        """Be connected to the pilots of these leases, at these addresses, and to nobody else."""
+        now = time.monotonic()
+        spoke: dict[str, float] = {}
+        for lease, address in addresses.items():
+            heard = self._heard.get(lease)
+            spoke[address] = max(spoke.get(address, 0.0), 0.0 if heard is None else heard.monotonic)
+        for address, at in list(self._dialled.items()):
+            if address not in spoke or now - max(at, spoke[address]) > ANEW:
+                del self._dialled[address]
+                self._router.disconnect(address)
+        for address in spoke.keys() - self._dialled.keys():
+            try:
+                self._router.connect(address)
+            except zmq.ZMQError as error:
+                _log.debug("%s: %s", address, error)
+            else:
+                self._dialled[address] = now
 
     def poll(self, within: float) -> list[Heard]:
         """Return what was heard since the last time, in order; wait for it `within` seconds if there is nothing.
@@ -120,7 +154,7 @@ class Hearing:
                 self._say(who, Answer(n=beat.n, do=Do.END, why=why))
                 continue
             do, why = self._answer(beat.lease)
-            self._say(who, Answer(n=beat.n, do=do, why=why))
+            self._say(who, Answer(n=beat.n, do=do, why=why, task=self._task(heard, do)))
             self._keep(heard)
             found.append(heard)
         return found

@@ -4,6 +4,7 @@ A heartbeat says all that a pilot knows and an answer all that it is to do, so t
 lost. Fields that are not known are ignored; what is known is held to its type and bound.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -20,8 +21,17 @@ MAX_TEXT = 256
 MAX_MESSAGE = 1024
 MAX_REGIONS = 4096
 MAX_FINDINGS = 32
+MAX_WORDS = 1024
+"""Of a task's command."""
+MAX_COMMAND = 2**16
+"""All words of it together, in bytes."""
+MAX_RESULTS = 64
+"""Of a task."""
+MAX_PATH = 1024
 MAX_COUNT = 2**53
 MAX_SECONDS = 1e12
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class State(StrEnum):
@@ -65,6 +75,53 @@ class Finding:
     """That it took."""
 
 
+class TaskState(StrEnum):
+    """What came of a task on its node."""
+
+    RUNNING = "running"
+    DONE = "done"
+    """Its command ended with 0, and all results are there."""
+    FAILED = "failed"
+    """It ended by itself, and not so."""
+    STOPPED = "stopped"
+    """It was told to stop: it is handed back."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Digest:
+    """What a file is."""
+
+    path: str
+    size: int
+    sha256: str
+    """In hex."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskReport:
+    """What a pilot tells of the task that it has, until it is given another one or none."""
+
+    task: str
+    attempt: int
+    state: TaskState
+    exit_code: int | None = None
+    digests: tuple[Digest, ...] = ()
+    """Of its results, once it is done."""
+    message: str = ""
+    """The last line that it wrote, if it failed, or how far it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """What a pilot of kind "files" is to run."""
+
+    task: str
+    attempt: int
+    command: tuple[str, ...]
+    results: tuple[str, ...]
+    """Files whose digests are wanted."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat:
     """A pilot lives."""
@@ -85,6 +142,7 @@ class Heartbeat:
     status: Status = field(default_factory=Status)
     findings: tuple[Finding, ...] = ()
     """Of a trial, so far."""
+    task: TaskReport | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +153,8 @@ class Answer:
     """Of the heartbeat."""
     do: Do = Do.GO_ON
     why: str = ""
+    task: Assignment | None = None
+    """None: a pilot of kind "files" has none, and stops the one that it runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +205,7 @@ def heartbeat(packed: bytes) -> Heartbeat:
         exit_code=None if exit_code is None else _whole(said, "exit_code", most=255),
         status=status(said.get("status")),
         findings=tuple(_finding(each) for each in _list(said, "findings", MAX_FINDINGS)),
+        task=None if said.get("task") is None else _report(said["task"]),
     )
 
 
@@ -157,7 +218,12 @@ def answer(packed: bytes) -> Answer:
         It is none; names what is wrong and its value.
     """
     said = _map(packed)
-    return Answer(n=_whole(said, "n"), do=Do(_text(said, "do")), why=_text(said, "why", most=MAX_MESSAGE))
+    return Answer(
+        n=_whole(said, "n"),
+        do=Do(_text(said, "do")),
+        why=_text(said, "why", most=MAX_MESSAGE),
+        task=None if said.get("task") is None else _assignment(said["task"]),
+    )
 
 
 def status(said: object) -> Status:
@@ -190,6 +256,40 @@ def _finding(said: object) -> Finding:
     )
 
 
+def _report(said: object) -> TaskReport:
+    said = _mapping(said, "a task")
+    exit_code = said.get("exit_code")
+    return TaskReport(
+        task=_text(said, "task", least=1),
+        attempt=_whole(said, "attempt"),
+        state=TaskState(_text(said, "state")),
+        exit_code=None if exit_code is None else _whole(said, "exit_code", most=255),
+        digests=tuple(_digest(each) for each in _list(said, "digests", MAX_RESULTS)),
+        message=_text(said, "message", most=MAX_MESSAGE),
+    )
+
+
+def _digest(said: object) -> Digest:
+    said = _mapping(said, "a digest")
+    sha256 = _text(said, "sha256")
+    if not _SHA256.fullmatch(sha256):
+        raise ValueError(f"sha256 is {sha256!r:.70}, not 64 hex digits")
+    return Digest(path=_word(said.get("path"), MAX_PATH, "path"), size=_whole(said, "size"), sha256=sha256)
+
+
+def _assignment(said: object) -> Assignment:
+    said = _mapping(said, "a task")
+    command = tuple(_word(each, MAX_COMMAND, "a word of its command") for each in _list(said, "command", MAX_WORDS))
+    if not command:
+        raise ValueError("a task has no command")
+    return Assignment(
+        task=_text(said, "task", least=1),
+        attempt=_whole(said, "attempt"),
+        command=command,
+        results=tuple(_word(each, MAX_PATH, "a result") for each in _list(said, "results", MAX_RESULTS)),
+    )
+
+
 def _map(packed: bytes) -> Mapping[str, Any]:
     if len(packed) > MAX_BYTES:
         raise ValueError(f"{len(packed):,} bytes are more than the {MAX_BYTES:,} of a heartbeat")
@@ -215,6 +315,13 @@ def _text(said: Mapping[str, Any], name: str, *, least: int = 0, most: int = MAX
         raise ValueError(f"{name} is {value!r:.50}, not a text of {least} to {most} characters")
     # It will be shown to people.
     return "".join(each if each.isprintable() else " " for each in value)
+
+
+def _word(value: object, most: int, what: str) -> str:
+    """Return a text as it is: it is for a machine."""
+    if not isinstance(value, str) or len(value) > most or "\0" in value:
+        raise ValueError(f"{what} is {value!r:.50}, not a text of {most} characters at most")
+    return value
 
 
 def _flag(said: Mapping[str, Any], name: str) -> bool:
@@ -248,14 +355,20 @@ def _list(said: Mapping[str, Any], name: str, most: int) -> list[Any]:
     return value
 
 
+_LONG = {"message": MAX_MESSAGE, "detail": MAX_MESSAGE, "why": MAX_MESSAGE} | {
+    "command": MAX_COMMAND,
+    "results": MAX_PATH,
+    "path": MAX_PATH,
+}
+
+
 def _cut(value: Any, most: int = MAX_TEXT) -> Any:
     match value:
         case str():
             return value[:most]
         case dict():
-            long = ("message", "detail", "why")
-            return {name: _cut(each, MAX_MESSAGE if name in long else MAX_TEXT) for name, each in value.items()}
+            return {name: _cut(each, _LONG.get(name, MAX_TEXT)) for name, each in value.items()}
         case tuple():
-            return [_cut(each) for each in value]
+            return [_cut(each, most) for each in value]
         case _:
             return value

@@ -13,7 +13,7 @@ from typing import Any, Self
 from hpc_bridge import record
 from hpc_bridge.errors import RecordError
 
-SCHEMA = 1
+SCHEMA = 2
 
 LONGEST_RUN = 24 * 3600.0
 """A run without a stop is taken for over after so long (s)."""
@@ -23,21 +23,40 @@ CREATE TABLE leases (
     lease TEXT PRIMARY KEY, beamline TEXT NOT NULL, site TEXT NOT NULL, queue TEXT NOT NULL, account TEXT NOT NULL,
     nodes INTEGER NOT NULL, walltime REAL NOT NULL, replaces TEXT, stage TEXT NOT NULL, reason TEXT NOT NULL,
     job_id TEXT, node TEXT NOT NULL,
-    created REAL NOT NULL, submitted REAL, started REAL, serving_since REAL, leaving_since REAL, ended REAL
+    created REAL NOT NULL, submitted REAL, started REAL, serving_since REAL, leaving_since REAL, ended REAL,
+    kind TEXT NOT NULL DEFAULT 'stream'
 );
 CREATE INDEX open_leases ON leases (ended) WHERE ended IS NULL;
 CREATE INDEX leases_begun ON leases (site, created);
 CREATE TABLE runs (
     beamline TEXT NOT NULL, run TEXT NOT NULL, began REAL NOT NULL, ended REAL, PRIMARY KEY (beamline, run)
 );
+"""
+
+_PAUSES = """
 CREATE TABLE pauses (
-    beamline TEXT NOT NULL, site TEXT NOT NULL, queue TEXT NOT NULL, until REAL NOT NULL, why TEXT NOT NULL,
-    PRIMARY KEY (beamline, site, queue)
+    beamline TEXT NOT NULL, kind TEXT NOT NULL, site TEXT NOT NULL, queue TEXT NOT NULL, until REAL NOT NULL,
+    why TEXT NOT NULL, PRIMARY KEY (beamline, kind, site, queue)
 );
 """
 
+_FROM_1 = f"""
+ALTER TABLE leases ADD COLUMN kind TEXT NOT NULL DEFAULT 'stream';
+DROP TABLE pauses; {_PAUSES}
+"""
+"""Of pauses nothing is kept: they are over in minutes."""
+
 _USED_UNTIL = "MIN(COALESCE(leases.ended, leases.started + leases.walltime), :now)"
 """A job whose end nobody saw was ended by its walltime."""
+
+
+class Kind(StrEnum):
+    """What pilots are for."""
+
+    STREAM = "stream"
+    """They run one command for as long as they are there."""
+    FILES = "files"
+    """They run tasks, one after the other, see `hpc_bridge.tasks`."""
 
 
 class Stage(StrEnum):
@@ -51,6 +70,10 @@ class Stage(StrEnum):
     CANCELLING = "cancelling"
     """The scheduler is asked to end it."""
     OVER = "over"
+
+
+PREFIXES = {Kind.STREAM: "xb-", Kind.FILES: "xf-"}
+"""Of the names of all jobs of ours."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +104,12 @@ class Lease:
     serving_since: float | None
     leaving_since: float | None
     ended: float | None
+    kind: Kind = Kind.STREAM
 
     @property
     def name(self) -> str:
         """Of the job."""
-        return f"xb-{self.beamline}-{self.lease}"
+        return f"{PREFIXES[self.kind]}{self.beamline}-{self.lease}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +129,7 @@ class Pause:
     queue: str
     until: float
     why: str
+    kind: Kind = Kind.STREAM
 
 
 class Leases:
@@ -177,13 +202,14 @@ class Leases:
         now: float,
         nodes: int = 1,
         replaces: str | None = None,
+        kind: Kind = Kind.STREAM,
     ) -> Lease:
         """Write down a new lease, before its job is submitted."""
         lease = secrets.token_hex(6)
         self._do(
             "INSERT INTO leases (lease, beamline, site, queue, account, nodes, walltime, replaces, stage, reason, node,"
-            " created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, '', '', ?)",
-            (lease, beamline, site, queue, account, nodes, walltime, replaces, Stage.SUBMITTING, now),
+            " created, kind) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, '', '', ?, ?)",
+            (lease, beamline, site, queue, account, nodes, walltime, replaces, Stage.SUBMITTING, now, kind),
         )
         return self._of(lease)
 
@@ -232,9 +258,10 @@ class Leases:
         """Return those that ever had a lease."""
         return [row["beamline"] for row in self._do("SELECT DISTINCT beamline FROM leases ORDER BY beamline", ())]
 
-    def open_leases(self, beamline: str | None = None) -> list[Lease]:
-        """Return those that are not over, oldest first; None: of all beamlines."""
-        return self._leases("ended IS NULL AND beamline = COALESCE(?, beamline)", (beamline,))
+    def open_leases(self, beamline: str | None = None, kind: Kind | None = None) -> list[Lease]:
+        """Return those that are not over, oldest first; None: of all beamlines, of all kinds."""
+        found = self._leases("ended IS NULL AND beamline = COALESCE(?, beamline)", (beamline,))
+        return [lease for lease in found if kind in (None, lease.kind)]
 
     def all(self, beamline: str, since: float) -> list[Lease]:
         """Return those that are not over or ended after `since`, oldest first."""
@@ -296,21 +323,26 @@ class Leases:
     def pause(self, beamline: str, pause: Pause) -> None:
         """Write down that a beamline passes a rung by."""
         self._do(
-            "INSERT OR REPLACE INTO pauses (beamline, site, queue, until, why) VALUES (?, ?, ?, ?, ?)",
-            (beamline, pause.site, pause.queue, pause.until, pause.why),
+            "INSERT OR REPLACE INTO pauses (beamline, kind, site, queue, until, why) VALUES (?, ?, ?, ?, ?, ?)",
+            (beamline, pause.kind, pause.site, pause.queue, pause.until, pause.why),
         )
 
     def pauses(self, beamline: str, now: float) -> list[Pause]:
         """Return which rungs a beamline passes by now."""
         rows = self._do(
-            "SELECT site, queue, until, why FROM pauses WHERE beamline = ? AND until > ? ORDER BY site, queue",
+            "SELECT kind, site, queue, until, why FROM pauses WHERE beamline = ? AND until > ?"
+            " ORDER BY kind DESC, site, queue",
             (beamline, now),
         )
-        return [Pause(**row) for row in rows]
+        return [Pause(**{**row, "kind": Kind(row["kind"])}) for row in rows]
 
     def _leases(self, where: str, values: tuple[object, ...]) -> list[Lease]:
         rows = self._do(f"SELECT * FROM leases WHERE {where} ORDER BY created, rowid", values)  # noqa: S608
-        return [Lease(**{**row, "stage": Stage(row["stage"])}) for row in rows]
+        return [
+            # One that is only read may be of the version before, in which nobody ran tasks.
+            Lease(**{**row, "stage": Stage(row["stage"]), "kind": Kind(row.get("kind", Kind.STREAM))})
+            for row in rows
+        ]
 
     def _set(self, lease: str, changes: str, **values: object) -> Lease:
         self._do(f"UPDATE leases SET {changes} WHERE lease = :lease AND ended IS NULL", {"lease": lease, **values})  # noqa: S608
@@ -349,13 +381,15 @@ def _prepare(connection: sqlite3.Connection) -> None:
     [version] = connection.execute("PRAGMA user_version").fetchone().values()
     [[n_tables]] = [row.values() for row in connection.execute("SELECT COUNT(*) FROM sqlite_master")]
     if version == 0 and n_tables == 0:
-        connection.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
+        connection.executescript(f"BEGIN IMMEDIATE; {_TABLES} {_PAUSES} PRAGMA user_version = {SCHEMA}; COMMIT;")
     _check(connection)
+    if version == 1:
+        connection.executescript(f"BEGIN IMMEDIATE; {_FROM_1} PRAGMA user_version = {SCHEMA}; COMMIT;")
 
 
 def _check(connection: sqlite3.Connection) -> None:
     [version] = connection.execute("PRAGMA user_version").fetchone().values()
     if version > SCHEMA:
         raise RecordError(f"it is of version {version}; this hpc-bridge knows versions up to {SCHEMA}")
-    if version != SCHEMA:
+    if version < 1:
         raise RecordError("it is no record of leases")

@@ -1,9 +1,12 @@
-"""A pilot's connection to its manager: ZeroMQ's DEALER, which goes there."""
+"""A pilot's connection to its manager: ZeroMQ's DEALER, which goes there, or waits for it."""
 
 import logging
 import os
 import socket
 import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -11,8 +14,9 @@ import zmq
 
 from hpc_bridge import heartbeat as wire
 from hpc_bridge.curve import PilotKeys
+from hpc_bridge.dialing import announce, announced
 from hpc_bridge.errors import ConfigError
-from hpc_bridge.heartbeat import Answer, Finding, Heartbeat, State, Status
+from hpc_bridge.heartbeat import Answer, Finding, Heartbeat, State, Status, TaskReport
 
 _log = logging.getLogger(__name__)
 
@@ -23,7 +27,12 @@ ZeroMQ makes one by itself where one breaks, but not where it is as good as brok
 our key or spoke another language, as the far end of a tunnel does at times.
 """
 
+HEARTBEAT = 2000
+"""Milliseconds between ZeroMQ's own heartbeats where we are dialled: a manager that is gone gets nothing more."""
+
 NOTHING = Status()
+
+LOOPBACK = ("tcp://127.", "tcp://localhost", "tcp://[::1]")
 
 _TROUBLES = {
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it does not know our key",
@@ -32,13 +41,27 @@ _TROUBLES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Awaited:
+    """A manager that comes to us."""
+
+    listen: str
+    """Interface, ``tcp://*``."""
+    file: Path
+    """Where we say at which address it finds us."""
+
+
+Manager = str | Awaited
+"""Where it listens, ``tcp://host:port``; or how it comes."""
+
+
 class Line:
     """One connection after the other.
 
     Parameters
     ----------
-    address
-        Where the manager listens, ``tcp://host:port``.
+    manager
+        Where it is.
     lease
         In whose name we speak.
     keys
@@ -59,11 +82,12 @@ class Line:
         The address cannot be used.
     """
 
-    def __init__(self, address: str, lease: str, keys: PilotKeys | None) -> None:
+    def __init__(self, manager: Manager, lease: str, keys: PilotKeys | None) -> None:
         self.n = -1
-        self.heard_at = time.monotonic()
+        self.heard_at = self._connected_at = time.monotonic()
         self.trouble = ""
-        self._address = address
+        self._announced = ""
+        self._manager = manager
         self._lease = lease
         self._keys = keys
         # Several nodes of Slurm may be one machine.
@@ -74,7 +98,10 @@ class Line:
             self._connect()
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
-            raise ConfigError(f"{address}: {error}") from None
+            raise ConfigError(f"{self}: {error}") from None
+        except OSError as error:
+            self._context.destroy(linger=0)
+            raise ConfigError(f"{self}: {error.strerror}") from None
 
     def __enter__(self) -> Self:
         return self
@@ -84,9 +111,12 @@ class Line:
     ) -> None:
         self._disconnect()
         self._context.term()
+        if isinstance(self._manager, Awaited) and announced(self._manager.file) == self._announced:
+            with suppress(OSError):  # then the manager removes it
+                self._manager.file.unlink(missing_ok=True)
 
     def __str__(self) -> str:
-        return self._address
+        return self._manager if isinstance(self._manager, str) else f"the manager that reads {self._manager.file}"
 
     def say(
         self,
@@ -95,6 +125,7 @@ class Line:
         exit_code: int | None = None,
         status: Status = NOTHING,
         findings: tuple[Finding, ...] = (),
+        task: TaskReport | None = None,
     ) -> bool:
         """Say how we are; return False if there is no connection just now."""
         beat = Heartbeat(
@@ -108,6 +139,7 @@ class Line:
             exit_code=exit_code,
             status=status,
             findings=findings,
+            task=task,
         )
         try:
             self._socket.send(wire.pack(beat), zmq.NOBLOCK)
@@ -140,13 +172,16 @@ class Line:
         if answers:
             self.heard_at, self.trouble = now, ""
         elif now - max(self.heard_at, self._connected_at) > ANEW:
-            self._disconnect()
-            self._connect()
+            if isinstance(self._manager, Awaited):  # it is for the manager to dial anew
+                self._see_what_troubles()
+            else:
+                self._disconnect()
+                self._connect()
         return answers
 
     def _connect(self) -> None:
         self._connected_at = time.monotonic()
-        self._socket = self._context.socket(zmq.DEALER)
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self._socket.maxmsgsize = wire.MAX_BYTES
         self._socket.linger = 0  # what has to be heard is waited for
         self._socket.immediate = True  # a heartbeat that waits for a connection is old when it comes
@@ -154,14 +189,30 @@ class Line:
         self._monitor = self._socket.get_monitor_socket(sum(_TROUBLES))
         if self._keys is not None:
             self._keys.use(self._socket)
-        self._socket.connect(self._address)
+        if isinstance(self._manager, str):
+            self._socket.connect(self._manager)
+        else:
+            self._listen(self._manager)
+
+    def _listen(self, manager: Awaited) -> None:
+        if self._keys is None and not manager.listen.startswith(LOOPBACK):
+            _log.warning("whoever reaches this node may claim to be the manager: see xpcs-stream keys")
+        self._socket.heartbeat_ivl, self._socket.heartbeat_timeout = HEARTBEAT, 2 * HEARTBEAT
+        self._socket.bind(f"{manager.listen}:*")
+        found = self._socket.get_string(zmq.LAST_ENDPOINT)
+        # Of all interfaces the manager knows one, that of the node's name.
+        self._announced = found.replace("//0.0.0.0:", f"//{socket.gethostname()}:")
+        announce(manager.file, self._announced)
 
     def _disconnect(self) -> None:
+        self._see_what_troubles()
+        self._socket.disable_monitor()
+        self._monitor.close()
+        self._socket.close()
+
+    def _see_what_troubles(self) -> None:
         while self._monitor.poll(0):
             from zmq.utils.monitor import parse_monitor_message  # with it comes asyncio, and a pilot is to start fast
 
             event = parse_monitor_message(self._monitor.recv_multipart())["event"]
             self.trouble = _TROUBLES[zmq.Event(event)]
-        self._socket.disable_monitor()
-        self._monitor.close()
-        self._socket.close()

@@ -115,7 +115,7 @@ class Local:
         """Return what the records tell of jobs."""
         return {record.job.id: record.job for record in self._records(ids)}
 
-    def list(self, prefix: str) -> Sequence[Job]:
+    def list(self, prefix: str | tuple[str, ...]) -> Sequence[Job]:
         """Return all jobs on record whose name begins so, also those long over."""
         ids = sorted(script.stem for script in self._directory.glob("*.sh") if script.name.startswith(prefix))
         return [record.job for record in self._records(ids)]

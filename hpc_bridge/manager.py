@@ -1,11 +1,12 @@
 """The manager: carries messages between pools, schedulers, pilots, run engines and people.
 
-What is to be done is `hpc_bridge.pool`'s matter.
+What is to be done is `hpc_bridge.pool`'s matter, and who runs what `hpc_bridge.dispatch`'s.
 """
 
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,19 +16,24 @@ from types import TracebackType
 from typing import Any, Self
 
 from hpc_bridge.assembly import job_of, keys_of, scheduler_of
+from hpc_bridge.bulk import Routes
+from hpc_bridge.bulk_freight import Freight, Nodes, Submission
 from hpc_bridge.config import Beamline, Site, checked
 from hpc_bridge.control import Control
-from hpc_bridge.demand import Demand
+from hpc_bridge.demand import Demand, FilesDemand
 from hpc_bridge.desk import Desk, Listed, Submitted
+from hpc_bridge.dialing import Addresses
+from hpc_bridge.dispatch import Dispatch
 from hpc_bridge.errors import BridgeError, BudgetExceeded, ConfigError
 from hpc_bridge.hearing import Hearing
-from hpc_bridge.heartbeat import Do
-from hpc_bridge.leases import Leases
+from hpc_bridge.heartbeat import Assignment, Do, Heard
+from hpc_bridge.leases import Kind, Leases
 from hpc_bridge.pool import CancelJob, Pool, SubmitJob
 from hpc_bridge.reconcile import State, View
 from hpc_bridge.report import report
 from hpc_bridge.runs import Runs, runs_of
 from hpc_bridge.state import StateDirectory
+from hpc_bridge.tasks import Tasks
 
 _log = logging.getLogger(__name__)
 
@@ -56,19 +62,25 @@ class Manager:
         self._sites: dict[str, Site] = {}
         self._desks: dict[str, Desk] = {}
         self._ears: dict[str, Hearing] = {}
+        self._addresses: dict[str, Addresses] = {}
+        """Of the pilots of sites where it is us who dial."""
         self._said: dict[str, str] = {}
         """Why a site did not answer."""
+        self._away: dict[str, float] = {}
+        """Since when."""
         self._listed: dict[str, float] = {}
         self._beamlines: dict[str, _Held] = {}
         self._open = ExitStack()
         with ExitStack() as stack:
             self._leases = stack.enter_context(Leases.open(self._directory.record))
+            self._tasks = stack.enter_context(Tasks.open(self._directory.tasks))
+            self._freight = stack.enter_context(Freight(state, self._tasks))
             self._control = stack.enter_context(Control(state))
             self._open = stack.pop_all()
         try:
             sites = self._directory.sites()
             for beamline, is_let_go in self._directory.beamlines():
-                self._beamlines[beamline.beamline] = self._held(beamline, sites, is_let_go=is_let_go)
+                self._hold(self._held(beamline, sites, is_let_go=is_let_go))
         except BridgeError:
             self.close()
             raise
@@ -101,10 +113,12 @@ class Manager:
             The record cannot be written.
         """
         while self._beamlines and not stop.is_set():
+            self._dial()
             for ear in self._ears.values():
                 for heard in ear.poll(PACE / len(self._ears)):
                     for held in self._beamlines.values():
-                        held.pool.heard(heard)
+                        for pool in held.pools:
+                            pool.heard(heard)
             self._take_answers()
             for desk in self._desks.values():
                 desk.list()
@@ -112,6 +126,7 @@ class Manager:
                 self._give_orders(held)
                 if held.is_let_go and not self._leases.open_leases(name):
                     self._forget(name)
+            self._freight.step({name: held.nodes for name, held in self._beamlines.items()}, self._away)
             self._control.serve(self._answer)
 
     @property
@@ -139,7 +154,7 @@ class Manager:
             self._see_that_it_is_paid(held, known)
             self._directory.keep(beamline, [known[name] for name in beamline.sites])
             before = self._beamlines.get(beamline.beamline)
-            self._beamlines[beamline.beamline] = held
+            self._hold(held)
             if before is not None:
                 before.close()
         except BridgeError:
@@ -154,6 +169,7 @@ class Manager:
         if beamline not in self._beamlines:
             raise ConfigError(f"no beamline {beamline} is held; there are: {', '.join(self._beamlines)}")
         self._beamlines[beamline].is_let_go = True
+        self._freight.hold(beamline, None)
         self._directory.let_go(beamline)
 
     def report(self) -> dict[str, Any]:
@@ -165,7 +181,18 @@ class Manager:
                 name: {"listed": self._listed.get(name), "unreachable": self._said.get(name)} for name in self._sites
             },
             "beamlines": {
-                name: report(held.beamline, held.views, self._leases, wanted=held.wanted, now=now)
+                name: report(
+                    held.beamline,
+                    held.views,
+                    self._leases,
+                    wanted=held.wanted,
+                    files={
+                        "wanted": sum(held.files_wanted.values()),
+                        "tasks": self._tasks.count(name),
+                        **self._freight.report(name),
+                    },
+                    now=now,
+                )
                 for name, held in self._beamlines.items()
             },
         }
@@ -174,17 +201,32 @@ class Manager:
         if missing := [name for name in beamline.sites if name not in sites]:
             raise ConfigError(f"beamline {beamline.beamline}: nothing is said of site {', '.join(missing)}")
         pool = Pool(beamline, sites, self._leases, now=time.time())
+        has = Counter(lease.site for lease in self._leases.open_leases(beamline.beamline, Kind.FILES))
+        # Of what is no more wanted there may still be pilots.
+        files_at = dict.fromkeys([*(beamline.files.sites if beamline.files is not None else ()), *has])
+        files = {
+            name: Pool(beamline, sites, self._leases, now=time.time(), kind=Kind.FILES, at=name) for name in files_at
+        }
         for name in beamline.sites:
             self._serve(sites[name])
+        routes = None
+        if beamline.files is not None and not is_let_go:
+            routes = self._freight.prepare(beamline.beamline, beamline.files)
         runs = None
         if beamline.run_engine is not None:
             group = f"{beamline.beamline}.hpc-bridge"
             runs = runs_of(beamline.run_engine, group=group, properties=beamline.kafka_properties)
-        return _Held(beamline, pool, self._leases, runs, is_let_go=is_let_go)
+        held = _Held(beamline, pool, files, self._leases, self._tasks, runs, is_let_go=is_let_go)
+        held.routes = routes
+        return held
+
+    def _hold(self, held: "_Held") -> None:
+        self._beamlines[held.beamline.beamline] = held
+        self._freight.hold(held.beamline.beamline, held.routes)
 
     def _see_that_it_is_paid(self, held: "_Held", sites: Mapping[str, Site]) -> None:
         beamline = held.beamline
-        has = len(self._leases.open_leases(beamline.beamline))
+        has = len(self._leases.open_leases(beamline.beamline, Kind.STREAM))
         wants = max(0, (beamline.nodes or beamline.idle_nodes) + beamline.spares - has)
         refusals = []
         for name in beamline.sites:
@@ -201,14 +243,24 @@ class Manager:
             return
         for other in self._sites.values():
             beats, theirs = site.heartbeats, other.heartbeats
-            if beats.bind == theirs.bind and (beats.secret_key, beats.allowed) != (theirs.secret_key, theirs.allowed):
+            if _ear(site) == _ear(other) and (beats.secret_key, beats.allowed) != (theirs.secret_key, theirs.allowed):
                 raise ConfigError(f"sites {site.site} and {other.site} share {beats.bind}, and not its keys")
         scheduler, keys = scheduler_of(site), keys_of(site)
-        bind = site.heartbeats.bind
-        if bind not in self._ears:
-            self._ears[bind] = Hearing(bind, self._tell_pilot, keys=keys)
+        if _ear(site) not in self._ears:
+            bind = site.heartbeats.bind
+            self._ears[_ear(site)] = Hearing(bind, self._tell_pilot, keys=keys, task=self._give_task)
+        if site.heartbeats.dials == "manager":
+            self._addresses[site.site] = Addresses(site.directory)
         self._sites[site.site] = site
         self._desks[site.site] = Desk(site, scheduler, self._answers)
+
+    def _dial(self) -> None:
+        """Go to the pilots that wait for us."""
+        if self._addresses:
+            leases = self._leases.open_leases()
+            for name, addresses in self._addresses.items():
+                there = frozenset(lease.lease for lease in leases if lease.site == name)
+                self._ears[name].dial(addresses.look(there))
 
     def _leave_sites(self) -> None:
         """Let go of the sites that no beamline names any more."""
@@ -216,21 +268,38 @@ class Manager:
         for name in self._sites.keys() - named:
             del self._sites[name]
             self._said.pop(name, None)
+            self._away.pop(name, None)
+            self._addresses.pop(name, None)
             self._desks.pop(name).close()
-        for bind in self._ears.keys() - {site.heartbeats.bind for site in self._sites.values()}:
-            self._ears.pop(bind).close()
+        for ear in self._ears.keys() - {_ear(site) for site in self._sites.values()}:
+            self._ears.pop(ear).close()
+        self._freight.leave()
 
     def _tell_pilot(self, lease: str) -> tuple[Do, str]:
         for held in self._beamlines.values():
-            if (answer := held.pool.answer(lease)) is not None:
-                return answer
+            for pool in held.pools:
+                if (answer := pool.answer(lease)) is not None:
+                    return answer
         return Do.END, "its lease is not on record"
+
+    def _give_task(self, heard: Heard, do: Do) -> Assignment | None:
+        lease = self._leases.get(heard.heartbeat.lease)
+        if lease is None or lease.kind is not Kind.FILES or lease.beamline not in self._beamlines:
+            return None
+        held = self._beamlines[lease.beamline]
+        may_begin = do is Do.GO_ON and not held.is_let_go
+        return held.dispatch.answer(heard, site=lease.site, may_begin=may_begin)
 
     def _give_orders(self, held: "_Held") -> None:
         now = time.time()
         held.look_at_runs(now)
-        held.views = held.pool.views(now)
-        for order in held.pool.orders(now, held.want(now)):
+        held.views = [view for pool in held.pools for view in pool.views(now)]
+        orders = held.pool.orders(now, held.want(now))
+        wanted = held.want_files(now)
+        for name, pool in held.files.items():
+            orders += pool.orders(now, wanted.get(name, 0))
+        held.take_back_tasks(now)
+        for order in orders:
             match order:
                 case SubmitJob(lease):
                     instead = f", instead of {lease.replaces}" if lease.replaces else ""
@@ -251,13 +320,13 @@ class Manager:
                 case Listed():
                     self._take_listing(answer)
                 case Submitted(lease=lease, at=at, job_id=job_id, refused=refused):
-                    for held in self._beamlines.values():
+                    for pool in [pool for held in self._beamlines.values() for pool in held.pools]:
                         if job_id is not None:
-                            held.pool.submitted(lease, job_id, at)
+                            pool.submitted(lease, job_id, at)
                         elif refused:
-                            held.pool.refused(lease, refused, at)
+                            pool.refused(lease, refused, at)
                         else:
-                            held.pool.unanswered(lease, at)
+                            pool.unanswered(lease, at)
 
     def _take_listing(self, listed: Listed) -> None:
         name, jobs = listed.site, listed.jobs
@@ -265,20 +334,23 @@ class Manager:
             if name not in self._said:
                 _log.warning("%s cannot be reached: %s", name, listed.why)
             self._said[name] = listed.why
+            self._away.setdefault(name, listed.asked)
         else:
             if self._said.pop(name, None) is not None:
                 _log.warning("%s is back", name)
+            self._away.pop(name, None)
             self._listed[name] = listed.asked
         for held in self._beamlines.values():
-            if name in held.beamline.sites:
+            for pool in held.pools_at(name):
                 if jobs is None:
-                    held.pool.unreachable(name, listed.asked)
+                    pool.unreachable(name, listed.asked)
                 else:
-                    held.pool.listed(name, listed.asked, jobs)
+                    pool.listed(name, listed.asked, jobs)
 
     def _forget(self, name: str) -> None:
         _log.info("%s is let go", name)
         self._beamlines.pop(name).close()
+        self._freight.hold(name, None)
         self._directory.forget(name)
         self._leave_sites()
 
@@ -293,22 +365,74 @@ class Manager:
             case {"do": "down", "beamline": str(beamline)}:
                 self.down(beamline)
                 return {}
+            case {"do": "submit", "submission": dict(submission)}:
+                runs = self._freight.submit(checked(submission, Submission))
+                return {"runs": [run.name for run in runs]}
+            case {"do": "files", "beamline": str(beamline), "runs": list(names)}:
+                return {"runs": self._freight.runs(beamline, map(str, names))}
+            case {"do": "cancel", "beamline": str(beamline), "runs": list(names)}:
+                self._freight.cancel(beamline, map(str, names))
+                return {}
             case _:
                 raise ConfigError(f"what is {str(asked)[:100]}?")
+
+
+def _ear(site: Site) -> str:
+    """Return the name of the ear that hears a site's pilots: those that dial one address share one."""
+    return site.heartbeats.bind or site.site
 
 
 class _Held:
     """A beamline."""
 
-    def __init__(self, beamline: Beamline, pool: Pool, leases: Leases, runs: Runs | None, *, is_let_go: bool) -> None:
+    def __init__(
+        self,
+        beamline: Beamline,
+        pool: Pool,
+        files: Mapping[str, Pool],
+        leases: Leases,
+        tasks: Tasks,
+        runs: Runs | None,
+        *,
+        is_let_go: bool,
+    ) -> None:
         self.beamline, self.pool, self.is_let_go = beamline, pool, is_let_go
+        self.files = files
+        """Pools of kind "files", by site: a task has its files at one of them."""
+        self.dispatch = Dispatch(beamline.beamline, tasks)
+        self.routes: Routes | None = None
+        """Of its files, if it says something of them and is not let go."""
         self.views: list[View] = []
         self.wanted = 0
-        self._leases = leases
+        self.files_wanted: dict[str, int] = {}
+        self._leases, self._tasks = leases, tasks
+        now = time.time()
+        n_files = Counter(lease.site for lease in leases.open_leases(beamline.beamline, Kind.FILES))
+        nodes, linger = (
+            (0, 0.0) if beamline.files is None else (beamline.files.nodes, beamline.files.linger.total_seconds())
+        )
+        self._files_demand = FilesDemand(nodes, linger, n_files, now)
         since = time.time() - beamline.linger.total_seconds()
-        has = len(leases.open_leases(beamline.beamline))
+        has = len(leases.open_leases(beamline.beamline, Kind.STREAM))
         self._demand = Demand(beamline, leases.runs(beamline.beamline, since), has=has)
         self._runs = runs
+
+    @property
+    def pools(self) -> list[Pool]:
+        """That for the stream, and those for files."""
+        return [self.pool, *self.files.values()]
+
+    def pools_at(self, site: str) -> list[Pool]:
+        """Return those that have nodes at a site."""
+        stream = [self.pool] if site in self.beamline.sites else []
+        return [*stream, *(pool for name, pool in self.files.items() if name == site)]
+
+    @property
+    def nodes(self) -> Nodes:
+        """What matters of those for the stream to those who see to its files."""
+        serving = [view for view in self.views if view.lease.kind is Kind.STREAM and view.state is State.SERVING]
+        heard_at = max((view.heard.at for view in serving if view.heard is not None), default=None)
+        return Nodes(heard_at=heard_at, is_wanted=self.wanted > 0)
 
     def close(self) -> None:
         """Listen to the run engine no more."""
@@ -329,8 +453,26 @@ class _Held:
 
     def want(self, now: float) -> int:
         """Return how many nodes are wanted."""
-        serving = [view for view in self.views if view.state is State.SERVING]
+        is_stream = (view for view in self.views if view.lease.kind is Kind.STREAM)
+        serving = [view for view in is_stream if view.state is State.SERVING]
         lags = [view.heard.heartbeat.status.lag_s for view in serving if view.heard is not None]
         lag = max((lag for lag in lags if lag is not None), default=None)
         self.wanted = 0 if self.is_let_go else self._demand.wanted(now, lag=lag, serving=len(serving))
         return self.wanted
+
+    def want_files(self, now: float) -> dict[str, int]:
+        """Return how many nodes for files are wanted at each site."""
+        if self.is_let_go or self.beamline.files is None:
+            self.files_wanted = {}
+        else:
+            reached = [name for name, pool in self.files.items() if pool.reaches(name)]
+            asked = self._tasks.asked(self.beamline.beamline, reached, self.beamline.files.nodes)
+            self.files_wanted = self._files_demand.wanted(now, asked)
+        return self.files_wanted
+
+    def take_back_tasks(self, now: float) -> None:
+        """Let the tasks wait again whose pilots were lost; once it is decided what becomes of these."""
+        views = [view for pool in self.files.values() for view in pool.views(now)]
+        lost = (State.SILENT, State.OVER)
+        living = {view.lease.lease for view in views if view.state not in lost}
+        self.dispatch.take_back(living, {view.lease.lease: view.why for view in [*self.views, *views]})

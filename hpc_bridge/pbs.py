@@ -131,7 +131,7 @@ class Pbs:
         found = {_number(job.id): job for job in read_jobs(self._qstat(self._deadline(), ids))}
         return {job_id: replace(found[_number(job_id)], id=job_id) for job_id in ids if _number(job_id) in found}
 
-    def list(self, prefix: str) -> Sequence[Job]:
+    def list(self, prefix: str | tuple[str, ...]) -> Sequence[Job]:
         """Return our jobs whose name begins so, of those over the ones of the last day."""
         deadline = self._deadline()
         since = time.strftime("%Y%m%d%H%M.%S", time.gmtime(time.time() - _REMEMBERED))

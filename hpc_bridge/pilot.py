@@ -13,7 +13,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from pathlib import Path
 from hpc_bridge.child import Child
 from hpc_bridge.curve import PilotKeys
 from hpc_bridge.heartbeat import Do, State, Status
-from hpc_bridge.line import Line
+from hpc_bridge.line import Line, Manager
 from hpc_bridge.status_file import StatusFile
 
 _log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Terms:
     requeue_code: int = 85
 
 
-def run(command: Sequence[str], *, lease: str, manager: str, terms: Terms, keys: PilotKeys | None = None) -> int:
+def run(command: Sequence[str], *, lease: str, manager: Manager, terms: Terms, keys: PilotKeys | None = None) -> int:
     """Run a command until it ends or has to; return what to exit with.
 
     To be called before there is another thread, see `hpc_bridge.child`, and last: signals to stop are ignored then.
@@ -59,7 +59,7 @@ def run(command: Sequence[str], *, lease: str, manager: str, terms: Terms, keys:
     lease
         The manager's name for this pilot.
     manager
-        Where it listens, ``tcp://host:port``.
+        Where it is.
     keys
         None: neither encrypted nor authenticated.
 
@@ -68,7 +68,7 @@ def run(command: Sequence[str], *, lease: str, manager: str, terms: Terms, keys:
     ConfigError
         The address cannot be used.
     """
-    with tempfile.TemporaryDirectory(prefix=f"xb-{lease}-") as folder, _signals() as signals:
+    with tempfile.TemporaryDirectory(prefix=f"xb-{lease}-") as folder, signals_to_stop() as signals:
         status = Path(folder) / "status.json"
         child = Child([word.replace("{status}", str(status)).replace("{name}", lease) for word in command])
         try:
@@ -99,7 +99,7 @@ class _Pilot:
             self._beat()
             # What could not be said for want of a connection is said once there is one.
             self._line.wait(LOOK, signals, to_speak=self._due <= time.monotonic())
-            if _has_to_go(signals):
+            if has_to_go(signals):
                 self._go("the scheduler takes the node", self._terms.requeue_code)
             self._heed()
             self._look()
@@ -152,18 +152,23 @@ class _Pilot:
     def _say_farewell(self, code: int) -> None:
         if self._child.why:
             _log.warning("%s", self._child.why)
-        deadline = time.monotonic() + FAREWELL
-        said: int | None = None
-        while (left := deadline - time.monotonic()) > 0:
-            if said is None and self._line.say(self._state, exit_code=code, status=self._told()):
-                said = self._line.n
-            self._line.wait(left, to_speak=said is None)
-            if any(answer.n == said for answer in self._line.hear()):
-                return
+        say_farewell(self._line, lambda: self._line.say(self._state, exit_code=code, status=self._told()))
+
+
+def say_farewell(line: Line, say: Callable[[], bool]) -> None:
+    """Say something last, and wait a while until the manager has heard it."""
+    deadline = time.monotonic() + FAREWELL
+    said: int | None = None
+    while (left := deadline - time.monotonic()) > 0:
+        if said is None and say():
+            said = line.n
+        line.wait(left, to_speak=said is None)
+        if any(answer.n == said for answer in line.hear()):
+            return
 
 
 @contextmanager
-def _signals() -> Iterator[socket.socket]:
+def signals_to_stop() -> Iterator[socket.socket]:
     """Yield a socket that has a byte for every signal to stop, or of a child that ended."""
     heard, told = socket.socketpair()
     for end in (heard, told):
@@ -184,7 +189,8 @@ def _signals() -> Iterator[socket.socket]:
 _STOP = (signal.SIGTERM, signal.SIGINT)
 
 
-def _has_to_go(signals: socket.socket) -> bool:
+def has_to_go(signals: socket.socket) -> bool:
+    """Say whether there was a signal to stop."""
     with suppress(BlockingIOError):
         return any(number in _STOP for number in signals.recv(4096))
     return False

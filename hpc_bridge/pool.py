@@ -29,10 +29,13 @@ from hpc_bridge.errors import BudgetExceeded, ConfigError
 from hpc_bridge.heartbeat import Do, Heard
 from hpc_bridge.heartbeat import State as Pilot
 from hpc_bridge.job import Job, JobState
-from hpc_bridge.leases import Lease, Leases, Pause, Stage
+from hpc_bridge.leases import PREFIXES, Kind, Lease, Leases, Pause, Stage
 from hpc_bridge.reconcile import Sighting, State, View, reconcile
 
 _log = logging.getLogger(__name__)
+
+SET_BACK = 1.0
+"""A clock that goes back by more was set (s)."""
 
 CANCEL_AGAIN = 10.0
 """A job that is to be cancelled and still there is cancelled again after so long (s)."""
@@ -71,18 +74,20 @@ Order = SubmitJob | CancelJob
 
 
 class Pool:
-    """What one beamline has.
+    """What one beamline has of one kind.
 
     Parameters
     ----------
     sites
         By name, those of the beamline at least.
     leases
-        The record, which may be shared with pools of other beamlines.
+        The record, which may be shared with pools of other beamlines and kinds.
     now
-        Since when pilots can be heard. All times are seconds of the Unix epoch by one clock, that of `Heard.at`, which
-        should not be set back: until it has caught up what is seen seems old. Should `orders` not be called for longer
-        than `lost_after`, then nobody is held to have been silent meanwhile.
+        Since when pilots can be heard. All times are seconds of the Unix epoch by one clock, that of `Heard.at`. If it
+        is set back, all begins anew with what is on record. Should `orders` not be called for longer than `lost_after`,
+        then nobody is held to have been silent meanwhile.
+    at
+        Only what it has at this site; None: at all of its sites, of which any is as good.
 
     Raises
     ------
@@ -90,19 +95,29 @@ class Pool:
         A site of the beamline, or one where it has a lease, is not among the sites.
     """
 
-    def __init__(self, beamline: Beamline, sites: Mapping[str, Site], leases: Leases, *, now: float) -> None:
-        self._beamline = beamline
-        self._name = re.compile(rf"xb-{re.escape(beamline.beamline)}-([0-9a-f]{{12}})(\.|$)")
+    def __init__(
+        self,
+        beamline: Beamline,
+        sites: Mapping[str, Site],
+        leases: Leases,
+        *,
+        now: float,
+        kind: Kind = Kind.STREAM,
+        at: str | None = None,
+    ) -> None:
+        self._beamline, self._kind = beamline, kind
+        self._name = re.compile(rf"{PREFIXES[kind]}{re.escape(beamline.beamline)}-([0-9a-f]{{12}})(\.|$)")
         self._leases = leases
-        self._open = {lease.lease: lease for lease in leases.open_leases(beamline.beamline)}
-        for name in dict.fromkeys([*beamline.sites, *(lease.site for lease in self._open.values())]):
+        ours = leases.open_leases(beamline.beamline)
+        self._open = {lease.lease: lease for lease in ours if lease.kind is kind and at in (None, lease.site)}
+        for name in dict.fromkeys([*beamline.sites, *(lease.site for lease in ours)]):
             if name not in sites:
                 raise ConfigError(f"beamline {beamline.beamline}: site {name} is not known")
             if name not in beamline.sites:
                 raise ConfigError(
                     f"beamline {beamline.beamline}: has leases at {name}, which is no more among its sites"
                 )
-        self._sites = {name: sites[name] for name in beamline.sites}
+        self._sites = {name: sites[name] for name in beamline.sites if at in (None, name)}
         self._sightings: dict[str, Sighting] = {}
         self._heard: dict[str, Heard] = {}
         self._listings: dict[str, tuple[float, Sequence[Job]]] = {}
@@ -139,6 +154,10 @@ class Pool:
         """Take that a site did not list its jobs."""
         if asked > self._listings.get(site, (-math.inf,))[0]:
             self._unreachable_since.setdefault(site, asked)
+
+    def reaches(self, site: str) -> bool:
+        """Say whether a site answers."""
+        return site in self._listings and site not in self._unreachable_since
 
     def heard(self, heard: Heard) -> None:
         """Take a heartbeat, of the newest pilot of its lease; those of others' pilots are no matter."""
@@ -177,7 +196,7 @@ class Pool:
     def answer(self, lease: str) -> tuple[Do, str] | None:
         """Return what the pilot of a lease is to do, and why; None: it is not of this beamline."""
         ours = self._open.get(lease) or self._leases.get(lease)
-        if ours is None or ours.beamline != self._beamline.beamline:
+        if ours is None or (ours.beamline, ours.kind) != (self._beamline.beamline, self._kind):
             return None
         match ours.stage:
             case Stage.DRAINING:
@@ -209,6 +228,9 @@ class Pool:
         RecordError
             The record cannot be written: then nothing may be done.
         """
+        if now < self._last - SET_BACK:
+            _log.warning("%s: the clock was set back by %.0f s", self._beamline.beamline, self._last - now)
+            self._begin_anew(now)
         if now - self._last > self._lost_after:
             _log.warning("%s: away for %.0f s", self._beamline.beamline, now - self._last)
             self._listening_since = now
@@ -223,7 +245,7 @@ class Pool:
                 self._end(view.lease, _ended(view, now), view.why)
         actions = decide(
             now=now,
-            wanted=min(wanted, self._beamline.max_nodes),
+            wanted=min(wanted, self._beamline.max_nodes) if self._kind is Kind.STREAM else wanted,
             views=views,
             ladder=self._ladder(now),
             submits_left={name: self._submits_left(site, now) for name, site in self._sites.items()},
@@ -246,6 +268,13 @@ class Pool:
                 case Pause(site=site, queue=queue, why=why):
                     self._pass_by(site, queue, why, now)
         return [*orders, *self._cancels(now)]
+
+    def _begin_anew(self, now: float) -> None:
+        """Forget what was seen, as a manager that starts again: what comes next would seem older."""
+        for seen in (self._sightings, self._heard, self._listings, self._unreachable_since, self._drained):
+            seen.clear()
+        self._submit_ended = {lease: at if at == math.inf else min(at, now) for lease, at in self._submit_ended.items()}
+        self._listening_since = now
 
     def _failed(self, view: View, now: float) -> bool:
         """Say whether it ended soon although nobody wanted it to: then the next one may, too."""
@@ -289,8 +318,10 @@ class Pool:
             self._put(self._leases.started(lease.lease, job.started or asked, ",".join(job.nodes)))
 
     def _ladder(self, now: float) -> list[Rung]:
-        paused = {(pause.site, pause.queue) for pause in self._leases.pauses(self._beamline.beamline, now)}
+        pauses = self._leases.pauses(self._beamline.beamline, now)
+        paused = {(pause.site, pause.queue) for pause in pauses if pause.kind is self._kind}
         taken = Counter(self._leases.taken(besides=self._beamline.beamline))
+        taken.update((lease.site, lease.queue) for lease in self._others())
         for lease in self._open.values():
             job = self._sightings.get(lease.lease, Sighting()).job
             if job is None or not job.state.is_final:
@@ -299,9 +330,7 @@ class Pool:
             Rung(
                 site=site,
                 queue=queue,
-                is_open=name in self._listings
-                and name not in self._unreachable_since
-                and (name, queue.name) not in paused,
+                is_open=self.reaches(name) and (name, queue.name) not in paused,
                 room=queue.max_jobs - taken[name, queue.name],
             )
             for name, site in self._sites.items()
@@ -330,6 +359,7 @@ class Pool:
             walltime=walltime,
             now=now,
             replaces=action.replaces,
+            kind=self._kind,
         )
         self._submit_ended[lease.lease] = math.inf
         return [SubmitJob(self._put(lease))]
@@ -345,7 +375,8 @@ class Pool:
         account = self._beamline.accounts.get(site)
         if account is None or account.node_hours is None:
             return
-        ours = [lease for lease in self._open.values() if (lease.site, lease.account) == (site, account.account)]
+        leases = [*self._open.values(), *self._others()]
+        ours = [lease for lease in leases if (lease.site, lease.account) == (site, account.account)]
         budget.check(
             account,
             site=site,
@@ -357,8 +388,13 @@ class Pool:
     def _pass_by(self, site: str, queue: str, why: str, now: float) -> None:
         _log.warning("%s: %s at %s is passed by: %s", self._beamline.beamline, queue, site, why)
         retry_after = next(each.retry_after for each in self._sites[site].queues if each.name == queue)
-        pause = Pause(site=site, queue=queue, until=now + retry_after.total_seconds(), why=why)
+        pause = Pause(site=site, queue=queue, until=now + retry_after.total_seconds(), why=why, kind=self._kind)
         self._leases.pause(self._beamline.beamline, pause)
+
+    def _others(self) -> list[Lease]:
+        """Return the leases of this beamline that other pools have."""
+        leases = self._leases.open_leases(self._beamline.beamline)
+        return [lease for lease in leases if lease.lease not in self._open]
 
     def _cancels(self, now: float) -> list[Order]:
         orders: list[Order] = []

@@ -104,6 +104,12 @@ class View:
         """How many regions its pilot has."""
         return 0 if self.heard is None else len(self.heard.heartbeat.status.regions)
 
+    @property
+    def has_task(self) -> bool:
+        """Whether its pilot runs a task."""
+        told = None if self.heard is None else self.heard.heartbeat.task
+        return told is not None and told.state is heartbeat.TaskState.RUNNING
+
 
 def reconcile(
     lease: Lease, sighting: Sighting, heard: Heard | None, *, now: float, listening_since: float, site: Site

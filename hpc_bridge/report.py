@@ -1,5 +1,6 @@
 """How a beamline's nodes are, as plain values for JSON and as tables for people."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpc_bridge import budget
+from hpc_bridge.bulk_report import plane_text, table
 from hpc_bridge.config import Beamline
 from hpc_bridge.leases import LONGEST_RUN, Leases
 from hpc_bridge.reconcile import View
@@ -16,14 +18,32 @@ from hpc_bridge.reconcile import View
 _STYLES = {"serving": "green", "draining": "yellow", "silent": "bold red", "over": "dim"}
 
 
-def report(beamline: Beamline, views: Sequence[View], leases: Leases, *, wanted: int, now: float) -> dict[str, Any]:
-    """Return how one beamline is. Times in seconds; those of the Unix epoch where they are moments."""
+def report(
+    beamline: Beamline,
+    views: Sequence[View],
+    leases: Leases,
+    *,
+    wanted: int,
+    files: Mapping[str, Any] | None = None,
+    now: float,
+) -> dict[str, Any]:
+    """Return how one beamline is. Times in seconds; those of the Unix epoch where they are moments.
+
+    Of `files` it says how many pilots for files are wanted, and of tasks how many there are by their state.
+    """
     name = beamline.beamline
     return {
         "wanted": wanted,
+        "files": dict(files) if files is not None else {"wanted": 0, "tasks": {}},
         "runs": [run.run for run in leases.runs(name, now) if run.ended is None and now - run.began < LONGEST_RUN],
         "passed_by": [
-            {"site": pause.site, "queue": pause.queue, "until": pause.until, "why": pause.why}
+            {
+                "kind": pause.kind.value,
+                "site": pause.site,
+                "queue": pause.queue,
+                "until": pause.until,
+                "why": pause.why,
+            }
             for pause in leases.pauses(name, now)
         ],
         "accounts": {
@@ -42,9 +62,11 @@ def report(beamline: Beamline, views: Sequence[View], leases: Leases, *, wanted:
 def _pilot(view: View, now: float) -> dict[str, Any]:
     lease, heard = view.lease, view.heard
     status = None if heard is None else heard.heartbeat.status
+    task = None if heard is None or heard.heartbeat.task is None else heard.heartbeat.task
     left = view.ends - now
     return {
         "lease": lease.lease,
+        "kind": lease.kind.value,
         "site": lease.site,
         "queue": lease.queue,
         "job": lease.job_id,
@@ -55,6 +77,7 @@ def _pilot(view: View, now: float) -> dict[str, Any]:
         "regions": [] if status is None else list(status.regions),
         "frames": None if status is None else status.frames,
         "lag_s": None if status is None else status.lag_s,
+        "task": task.task if task is not None and view.has_task else None,
         "message": "" if status is None else status.message,
         "heard_s_ago": None if heard is None else now - heard.at,
         "clock_offset_s": None if heard is None else heard.offset,
@@ -73,15 +96,23 @@ def _tables(reported: Mapping[str, Any], now: float) -> Iterator[RenderableType]
         if told["unreachable"] is not None:
             yield Text(f"{site} cannot be reached: {told['unreachable']}", style="bold red")
     for name, beamline in reported["beamlines"].items():
-        serving = sum(pilot["state"] == "serving" for pilot in beamline["pilots"])
+        serving = Counter(pilot["kind"] for pilot in beamline["pilots"] if pilot["state"] == "serving")
         runs = ", ".join(beamline["runs"])
-        title = f"{name}: {serving} of {beamline['wanted']} nodes serve{f', run {runs}' if runs else ''}"
+        title = f"{name}: {serving['stream']} of {beamline['wanted']} nodes serve{f', run {runs}' if runs else ''}"
+        if beamline["files"]["wanted"] or beamline["files"]["tasks"]:
+            tasks = ", ".join(f"{n} {state}" for state, n in beamline["files"]["tasks"].items())
+            title += f"; for files {serving['files']} of {beamline['files']['wanted']}, tasks: {tasks or 'none'}"
         yield _pilots(title, beamline["pilots"])
+        if beamline["files"].get("plane"):
+            yield plane_text(beamline["files"]["plane"])
+        if beamline["files"].get("runs"):
+            yield table(name, beamline["files"]["runs"])
         for pilot in beamline["pilots"]:
             if pilot["why"]:
                 yield Text(f"{pilot['lease'][:6]} {pilot['state']}: {pilot['why']}", style="yellow")
         for rung in beamline["passed_by"]:
-            text = f"{rung['queue']} at {rung['site']} is passed by for {_time(rung['until'] - now)}: {rung['why']}"
+            where = f"{rung['queue']} at {rung['site']}{' for files' * (rung['kind'] == 'files')}"
+            text = f"{where} is passed by for {_time(rung['until'] - now)}: {rung['why']}"
             yield Text(text, style="yellow")
         for site, account in beamline["accounts"].items():
             of = "" if account["node_hours"] is None else f" of {account['node_hours']:g}"
@@ -94,7 +125,8 @@ def _pilots(title: str, pilots: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("state", no_wrap=True)
     table.add_column("queue", no_wrap=True)
     table.add_column("node", no_wrap=True)
-    table.add_column("regions")
+    has_tasks = any(pilot["kind"] == "files" for pilot in pilots)
+    table.add_column("regions, task" if has_tasks else "regions", min_width=13 if has_tasks else None, overflow="fold")
     for heading in ("lag", "heard", "ends in", "node min"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("job", no_wrap=True, max_width=10)
@@ -105,7 +137,7 @@ def _pilots(title: str, pilots: Sequence[Mapping[str, Any]]) -> Table:
             Text(pilot["state"], style=_STYLES.get(pilot["state"], "")),
             pilot["queue"] if len(sites) == 1 else f"{pilot['site']}: {pilot['queue']}",
             pilot["node"] or "",
-            _ranges(pilot["regions"]),
+            _ranges(pilot["regions"]) if pilot["kind"] == "stream" else pilot["task"] or "no task",
             _time(pilot["lag_s"]),
             _time(pilot["heard_s_ago"]),
             _time(pilot["ends_in_s"]),

@@ -37,8 +37,8 @@ class Scheduler(Protocol):
     def status(self, ids: Sequence[str]) -> Mapping[str, Job]:
         """Return what is known of jobs, waiting, running or over, by id. What is not known is not there."""
 
-    def list(self, prefix: str) -> Sequence[Job]:
-        """Return our jobs whose name begins so: all that wait or run, and of those over what is still remembered."""
+    def list(self, prefix: str | tuple[str, ...]) -> Sequence[Job]:
+        """Return our jobs whose name begins so, or so: all that wait or run, and those over that are still known."""
 
     def cancel(self, ids: Sequence[str]) -> None:
         """End jobs; SIGTERM first. One that is over or unknown is no error."""

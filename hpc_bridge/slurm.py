@@ -107,7 +107,7 @@ class Slurm:
             jobs |= {job.id: job for job in self._over(deadline, f"--jobs={','.join(forgotten)}")}
         return jobs
 
-    def list(self, prefix: str) -> Sequence[Job]:
+    def list(self, prefix: str | tuple[str, ...]) -> Sequence[Job]:
         """Return our jobs, those over for a day."""
         deadline = self._deadline()
         jobs = {job.id: job for job in self._listed(deadline)}

@@ -9,7 +9,7 @@ from hpc_bridge.errors import ConfigError
 
 
 class StateDirectory:
-    """The record of leases, and what beamlines and sites are held, as YAML (which JSON is)."""
+    """The records of leases and tasks, and what beamlines and sites are held, as YAML (which JSON is)."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -23,6 +23,11 @@ class StateDirectory:
     def record(self) -> Path:
         """Of `hpc_bridge.leases.Leases`."""
         return self._path / "leases.sqlite"
+
+    @property
+    def tasks(self) -> Path:
+        """Of `hpc_bridge.tasks.Tasks`."""
+        return self._path / "tasks.sqlite"
 
     def beamlines(self) -> list[tuple[Beamline, bool]]:
         """Return those that are held, and whether their nodes are being let go."""

@@ -6,9 +6,10 @@ from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Annotated, Protocol
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
 from hpc_bridge.errors import BridgeError
+from hpc_bridge.section import Section
 
 MOST_FILES = 10_000
 """Of one request."""
@@ -89,11 +90,7 @@ def _absolute(path: PurePosixPath) -> PurePosixPath:
     return path
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class File(_Section):
+class File(Section):
     """A file as it was written down when it was closed."""
 
     name: Annotated[str, Field(max_length=1024), AfterValidator(_inside)]
@@ -103,7 +100,7 @@ class File(_Section):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
-class Place(_Section):
+class Place(Section):
     """A folder somewhere."""
 
     endpoint: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9_.@-]*)?$")
@@ -111,7 +108,7 @@ class Place(_Section):
     path: Annotated[PurePosixPath, AfterValidator(_absolute)]
 
 
-class Request(_Section):
+class Request(Section):
     """Files of a run that are to be somewhere else.
 
     Where it comes from somebody else, what is wrong with it is told by pydantic.

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from hpc_bridge.config import Time
+from hpc_bridge.section import Time
 
 
 class Globus(BaseModel):
@@ -29,6 +29,8 @@ class Globus(BaseModel):
     """Tasks at once. The service carries out three per identity, and lets others wait."""
     timeout: Time = timedelta(seconds=15)
     """Of every request to the service."""
+    poll: Time = timedelta(seconds=5)
+    """Between looks at a task."""
 
     @model_validator(mode="after")
     def _is_somebody(self) -> "Globus":

@@ -30,6 +30,8 @@ LONGEST_REST = 600.0
 FLAT = 60.0
 """A task with faults whose bytes have not changed for so long (s) is stalled."""
 
+ARRIVED = "arrived; reads it again"
+"""What is said of a request whose task is done while what arrived is verified."""
 
 _BEYOND = 1e-3
 """After which a deadline has passed (s)."""
@@ -154,9 +156,9 @@ class Mover:
         """What is not over."""
         return tuple(self._open.values())
 
-    def add(self, request: Request, priority: int, now: float) -> Move:
-        """Take a request; it is on record when this returns. The same again is no other."""
-        move = self._moves.add(request, priority, now)
+    def add(self, request: Request, priority: int, now: float, since: float | None = None) -> Move:
+        """Take a request; it is on record when this returns. The same again is no other; see `Moves.add`."""
+        move = self._moves.add(request, priority, now, since)
         if move.ended is None:
             self._open[move.move] = move
         return move
@@ -232,7 +234,7 @@ class Mover:
         return move.ending is not None or now > move.request.deadline
 
     def _submitted(self, name: str, task: str, now: float) -> None:
-        self._put(self._moves.submitted(name, task))
+        self._put(self._moves.submitted(name, task, now))
         self._wait(self._open[name], self._poll, now)
         self._moved.pop(name, None)
 
@@ -357,5 +359,5 @@ def _arrived(progress: Progress) -> Progress:
         bytes=progress.bytes,
         files=progress.files,
         faults=progress.faults,
-        message="arrived; reads it again",
+        message=ARRIVED,
     )

@@ -13,7 +13,7 @@ from hpc_bridge import record
 from hpc_bridge.errors import RecordError
 from hpc_bridge.transfer import Progress, Request, State
 
-SCHEMA = 71
+SCHEMA = 74
 """Unlike that of leases, whose file it is not."""
 
 _TABLES = """
@@ -21,7 +21,7 @@ CREATE TABLE moves (
     move TEXT PRIMARY KEY, request TEXT NOT NULL, priority INTEGER NOT NULL, created REAL NOT NULL,
     state TEXT NOT NULL, message TEXT NOT NULL, attempt INTEGER NOT NULL, document TEXT, task TEXT,
     bytes INTEGER NOT NULL, files INTEGER NOT NULL, faults INTEGER NOT NULL, nice_status TEXT NOT NULL,
-    stalled_since REAL, ending TEXT, ended REAL
+    stalled_since REAL, ending TEXT, begun REAL, ended REAL
 );
 CREATE INDEX open_moves ON moves (ended) WHERE ended IS NULL;
 """
@@ -52,6 +52,8 @@ class Move:
     stalled_since: float | None
     ending: str | None
     """Why it is to be canceled."""
+    begun: float | None
+    """The task of this attempt was submitted."""
     ended: float | None
 
     @property
@@ -127,23 +129,32 @@ class Moves:
             os.close(self._lock)
             self._lock = None
 
-    def add(self, request: Request, priority: int, now: float) -> Move:
+    def add(self, request: Request, priority: int, now: float, since: float | None = None) -> Move:
         """Write down a request.
 
         One that is on record already is not begun twice: it gets the priority and the deadline that it has now, and if
         it had failed or was canceled it begins again.
+
+        Parameters
+        ----------
+        since
+            If given, it begins again if it ended before that, well or not, and not if it ended later.
         """
-        move = _id(request)
+        move = move_of(request)
+        over = "ended < :since" if since is not None else "state IN ('failed', 'canceled')"
         self._do(
-            "INSERT INTO moves (move, request, priority, created, state, message, attempt, bytes, files, faults,"
+            "INSERT INTO moves (move, request, priority, created, state, message, attempt, bytes, files, faults,"  # noqa: S608
             " nice_status) VALUES (:move, :request, :priority, :now, 'queued', '', 1, 0, 0, 0, '')"
             " ON CONFLICT DO UPDATE SET request = excluded.request, priority = excluded.priority,"
-            " attempt = attempt + (state IN ('failed', 'canceled')),"
-            " ending = CASE WHEN state IN ('failed', 'canceled') THEN NULL ELSE ending END,"
-            " ended = CASE WHEN state IN ('failed', 'canceled') THEN NULL ELSE ended END,"
-            " message = CASE WHEN state IN ('failed', 'canceled') THEN '' ELSE message END,"
-            " state = CASE WHEN state IN ('failed', 'canceled') THEN 'queued' ELSE state END",
-            {"move": move, "request": request.model_dump_json(), "priority": priority, "now": now},
+            f" attempt = attempt + COALESCE({over}, 0),"
+            f" ending = CASE WHEN {over} THEN NULL ELSE ending END,"
+            f" document = CASE WHEN {over} THEN NULL ELSE document END,"
+            f" task = CASE WHEN {over} THEN NULL ELSE task END,"
+            f" message = CASE WHEN {over} THEN '' ELSE message END,"
+            f" begun = CASE WHEN {over} THEN NULL ELSE begun END,"
+            f" state = CASE WHEN {over} THEN 'queued' ELSE state END,"
+            f" ended = CASE WHEN {over} THEN NULL ELSE ended END",
+            {"move": move, "request": request.model_dump_json(), "priority": priority, "now": now, "since": since},
         )
         return self._of(move)
 
@@ -151,9 +162,14 @@ class Moves:
         """Write down the document of a task, before it is submitted."""
         return self._set(move, "document = :document, task = NULL", document=document)
 
-    def submitted(self, move: str, task: str) -> Move:
+    def submitted(self, move: str, task: str, now: float) -> Move:
         """Write down the task of a document."""
-        return self._set(move, "task = :task, state = 'queued', message = '', stalled_since = NULL", task=task)
+        return self._set(
+            move,
+            "task = :task, state = 'queued', message = '', stalled_since = NULL, begun = COALESCE(begun, :now)",
+            task=task,
+            now=now,
+        )
 
     def seen(self, move: str, progress: Progress, now: float) -> Move:
         """Write down how far a task is, which is not over."""
@@ -186,7 +202,7 @@ class Moves:
         """Write down that its task came to nothing, and it needs a new one."""
         return self._set(
             move,
-            "attempt = attempt + 1, document = NULL, task = NULL, state = 'queued', stalled_since = NULL,"
+            "attempt = attempt + 1, document = NULL, task = NULL, begun = NULL, state = 'queued', stalled_since = NULL,"
             " message = :message",
             message=message,
         )
@@ -216,6 +232,10 @@ class Moves:
     def all(self, since: float = 0) -> list[Move]:
         """Return those that are not over or ended after `since`, oldest first."""
         return self._moves("ended IS NULL OR ended > ?", (since,))
+
+    def prune(self, before: float) -> None:
+        """Forget those that ended before that."""
+        self._do("DELETE FROM moves WHERE ended < ?", (before,))
 
     def _moves(self, where: str, values: tuple[object, ...]) -> list[Move]:
         rows = self._do(f"SELECT * FROM moves WHERE {where} ORDER BY created, rowid", values)  # noqa: S608
@@ -259,7 +279,8 @@ class Moves:
             raise RecordError(f"{self._path}: {error}") from None
 
 
-def _id(request: Request) -> str:
+def move_of(request: Request) -> str:
+    """Return the name of a request: the same for the same files, from and to the same places."""
     return hashlib.sha256(request.model_dump_json(exclude={"deadline"}).encode()).hexdigest()[:12]
 
 

@@ -6,8 +6,10 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
-from hpc_bridge.transfer import Request, TransferRefused, TransferUnreachable
+from hpc_bridge.transfer import Place, Request, TransferRefused, TransferUnreachable
+from hpc_bridge.transfer_digest import missing_below
 from hpc_bridge.transfer_here import Task, TaskFailed
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=10")
@@ -35,20 +37,22 @@ class Rsync:
         self._shell = tuple(shell)
 
     def check(self, request: Request) -> None:
-        """From this machine to another one."""
-        if request.source.endpoint or not request.destination.endpoint:
+        """From this machine to another one, or back."""
+        if bool(request.source.endpoint) == bool(request.destination.endpoint):
             raise TransferRefused(
-                f"rsync brings files of this machine to another one, not from {request.source.endpoint or 'here'}"
-                f" to {request.destination.endpoint or 'here'}",
+                f"rsync brings files of this machine to another one, or back, not from"
+                f" {request.source.endpoint or 'here'} to {request.destination.endpoint or 'here'}",
                 is_final=True,
             )
 
     def carry(self, request: Request, task: Task) -> None:
         """Bring what is not there, by rsync's own checksums; a file has its name once it is whole."""
-        folder = shlex.quote(str(request.destination.path))
-        made = self._there(request, f"mkdir -p -- {folder}", "")
-        if made.returncode != 0:
-            raise TaskFailed(_line(made.stderr, -1))
+        if request.destination.endpoint:
+            made = self._there(request, f"mkdir -p -- {shlex.quote(str(request.destination.path))}", "")
+            if made.returncode != 0:
+                raise TaskFailed(_line(made.stderr, -1))
+        else:
+            Path(request.destination.path).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile() as names, tempfile.TemporaryFile() as complaints:
             names.write(b"\0".join(file.name.encode() for file in request.files))
             names.seek(0)
@@ -57,8 +61,8 @@ class Rsync:
                     *("rsync", "--checksum", "--times", "--partial-dir=.xpcs-stream-part", "--protect-args"),
                     *("--info=progress2", "--no-human-readable", "--files-from=-", "--from0"),
                     f"--rsh={shlex.join(self._shell)}",
-                    f"{request.source.path}/",
-                    f"{request.destination.endpoint}:{request.destination.path}/",
+                    _folder(request.source),
+                    _folder(request.destination),
                 ],
                 stdin=names,
                 stdout=subprocess.PIPE,
@@ -77,7 +81,9 @@ class Rsync:
         task.files = len(request.files)
 
     def missing(self, request: Request) -> Sequence[str]:
-        """Have what is there written to disk and read again, at the far end."""
+        """Have what is there written to disk and read again, where it is."""
+        if not request.destination.endpoint:
+            return tuple(missing_below(Path(request.destination.path), request))
         folder = shlex.quote(str(request.destination.path))
         sums = "".join(f"{file.sha256}  {file.name}\n" for file in request.files)
         checked = self._there(request, f"cd -- {folder} && sync -f . && LC_ALL=C sha256sum --check --quiet", sums)
@@ -96,6 +102,10 @@ class Rsync:
         if done.returncode == _NO_CONNECTION:
             raise TransferUnreachable(f"{host}: {_line(done.stderr, -1)}")
         return done
+
+
+def _folder(place: Place) -> str:
+    return f"{place.endpoint}:{place.path}/" if place.endpoint else f"{place.path}/"
 
 
 def _follow(process: "subprocess.Popen[bytes]", task: Task) -> None:

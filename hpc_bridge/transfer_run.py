@@ -1,6 +1,7 @@
 """Carries out what a mover orders."""
 
 import time
+from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 
@@ -16,13 +17,26 @@ class _Broken(BridgeError):
     """An order broke down, by a defect of ours."""
 
 
-def run(mover: Mover, transfer: Transfer, stop: Event, *, until_done: bool = False) -> None:
+def run(
+    mover: Mover,
+    transfer: Transfer,
+    stop: Event,
+    *,
+    until_done: bool = False,
+    between: Callable[[float], None] = lambda _: None,
+) -> None:
     """Move files until `stop`, or until there is nothing left to be moved.
 
     What it leaves unanswered then is asked for again by the next one.
+
+    Parameters
+    ----------
+    between
+        Called again and again, with the time: may add requests, and cancel some.
     """
     answers: SimpleQueue[tuple[Order, Answer]] = SimpleQueue()
     while not stop.is_set() and not (until_done and not mover.open_moves):
+        between(time.time())
         for order in mover.orders(time.time()):
             # Not waited for at the end: reading what arrived again may take its time.
             Thread(target=_carry_out, args=(order, transfer, answers), daemon=True).start()

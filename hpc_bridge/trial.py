@@ -16,7 +16,7 @@ from pathlib import Path
 from hpc_bridge.child import Child
 from hpc_bridge.curve import PilotKeys
 from hpc_bridge.heartbeat import Do, Finding, State
-from hpc_bridge.line import Line
+from hpc_bridge.line import Line, Manager
 
 WITHIN = 15.0
 """Seconds in which a file system or a network has to answer."""
@@ -37,7 +37,7 @@ def run(
     command: Sequence[str],
     *,
     lease: str,
-    manager: str,
+    manager: Manager,
     every: float,
     writable: Sequence[Path],
     reach: Sequence[str],
@@ -54,7 +54,7 @@ def run(
     command
         Has to end with 0.
     manager
-        Where it listens, ``tcp://host:port``.
+        Where it is.
     every
         Between heartbeats (s).
     writable

@@ -13,21 +13,24 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from stream import plane_commands
+from stream import live_command, plane_commands
 from stream.errors import ConfigError, SinkError, XpcsStreamError
 from stream.options import (
     Documents,
     FrameTime,
     KafkaProperties,
+    Live,
     ProxyKey,
     Qmap,
     Roots,
     RunEngine,
     SecretKey,
+    TokenFile,
     measured,
     only_given,
     option_of,
     roots_of,
+    say_where,
     stopped_by_signals,
 )
 
@@ -129,6 +132,8 @@ def run(
     ] = None,
     publish: Annotated[str | None, typer.Option(help="Publish results at zmq://HOST:PORT.", metavar="ADDRESS")] = None,
     documents: Documents = None,
+    live: Live = None,
+    token_file: TokenFile = None,
     run_engine: RunEngine = None,
     root: Roots = None,
     checkpoint: Annotated[
@@ -170,7 +175,8 @@ def run(
             },
             "qmap": qmap,
             "operators": {"multitau": {"delays_per_level": delays_per_level, "levels": levels, "error": error}},
-            "sinks": [sink for sink in (None if quiet else "console", out, publish, *(documents or ())) if sink],
+            "sinks": [sink for sink in (None if quiet else "console", out, publish, live, *(documents or ())) if sink],
+            "token_file": token_file and str(token_file),
             "kafka_properties": kafka_properties and str(kafka_properties),
             "secret_key": secret_key and str(secret_key),
             "proxy_key": proxy_key and str(proxy_key),
@@ -200,15 +206,16 @@ def compile_ahead() -> None:
 
     xpcs-stream compile
     """
-    from stream.assembly import compile_all
+    from stream.correlators import compile_all
 
     compile_all(lambda text: typer.echo(text, err=True))
 
 
 def _correlate(configuration: "Configuration", runs: int | None, console: Console) -> None:
     from stream import checkpoint as checkpoints
-    from stream.assembly import compile_kernels, operators_of, proxy_keys, sinks_of, source_of, there, try_to_write
-    from stream.config import address
+    from stream.assembly import proxy_keys, sinks_of, source_of, try_to_write
+    from stream.config import address, there
+    from stream.correlators import compile_kernels, operators_of
     from stream.operators.roimap_file import read
     from stream.pipeline import Pipeline
 
@@ -233,6 +240,9 @@ def _correlate(configuration: "Configuration", runs: int | None, console: Consol
         source = stack.enter_context(
             source_of(configuration.source, give="photons", kafka_properties=properties, keys=keys)
         )
+        for at in configuration.sinks:
+            if at.startswith("live://"):
+                say_where(at, configuration.token_file)
         typer.echo(f"taking frames from {configuration.source.address}", err=True)
         Pipeline(
             source,
@@ -287,7 +297,8 @@ def simulate(
 
     xpcs-stream simulate --qmap qmap.h5 --to zmq+dectris://127.0.0.1:31001 --rate "1 kHz" --lose 0.01
     """
-    from stream.assembly import simulated, there
+    from stream.assembly import simulated
+    from stream.config import there
     from stream.operators.roimap_file import read
     from stream.sending import send
     from stream.sinks.faults import Faults
@@ -326,8 +337,8 @@ def replay(
 
     xpcs-stream replay frames.h5 --to zmq+dectris://127.0.0.1:31001 --rate "500 Hz"
     """
-    from stream.assembly import frames_of, there
-    from stream.config import address
+    from stream.assembly import frames_of
+    from stream.config import address, there
     from stream.ingest.recording import messages
     from stream.sending import send, send_recorded
     from stream.sinks.dectris import DectrisSink
@@ -518,6 +529,8 @@ for command in (
     plane_commands.gateway,
     plane_commands.worker,
     plane_commands.merge,
+    live_command.live,
+    plane_commands.backfill,
     plane_commands.broker,
     plane_commands.keys,
 ):

@@ -1,17 +1,15 @@
 """What a configuration says, made of concrete classes; beside the command line the only place that names them."""
 
-import math
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 
-from stream import kernel_cache
-from stream.config import Configuration, SourceSection, address, check
+from stream.config import Configuration, SourceSection, address, live_at, there
 from stream.curve import ClientKeys
 from stream.errors import ConfigError
 from stream.ingest import bluesky_kafka, bluesky_zmq
@@ -26,100 +24,18 @@ from stream.ingest.rigaku import RigakuSource
 from stream.ingest.simulated import SimulatedSource
 from stream.ingest.zmq import ZmqSource
 from stream.kafka import create_topic, read_properties
-from stream.messages import DTYPES, Events, FrameBatch, Give, RunStart
-from stream.operators.intensity import Intensity
-from stream.operators.kernels import CACHE
-from stream.operators.multitau import MultiTau, delays
+from stream.messages import Give
+from stream.operators.multitau import delays
 from stream.operators.roimap import RoiMap
-from stream.operators.scattering import Scattering
-from stream.protocols import Operator, Sink, Source
+from stream.protocols import Sink, Source
 from stream.sinks.console import ConsoleSink
 from stream.sinks.hdf5 import Hdf5Sink
+from stream.sinks.live import LiveSink, read_token
 from stream.sinks.zmq import ZmqSink
 
 if TYPE_CHECKING:
     from stream.sinks.bluesky import BlueskySink
     from stream.sinks.bluesky_tiled import TiledDocuments
-
-Make = Callable[[RunStart], list[Operator]]
-"""Makes the operators of a run."""
-
-
-def operators_of(configuration: Configuration, roimap: RoiMap) -> Make:
-    """Return what makes the operators that are configured."""
-    operators, threads = configuration.operators, configuration.threads
-
-    def make(start: RunStart) -> list[Operator]:
-        made: list[Operator] = [MultiTau(start, roimap, threads=threads, **operators.multitau.model_dump())]
-        if operators.scattering:
-            made.append(Scattering(start, roimap, threads=threads))
-        if operators.intensity:
-            made.append(Intensity(start, roimap, threads=threads))
-        return made
-
-    return make
-
-
-def compile_kernels(make: Make, roimap: RoiMap, say: Callable[[str], None]) -> None:
-    """Let a few frames of every kind through, so that no compiler runs while frames come."""
-    n_rows, n_columns = roimap.shape
-    row = int(np.argmax(roimap.static_roi_map.any(axis=1)))
-
-    def exercise() -> None:
-        for dtype in DTYPES:
-            start = RunStart(
-                run="",
-                shape=(min(8, n_rows - row), n_columns),
-                origin=(row, 0),
-                detector_shape=roimap.shape,
-                dtype=dtype,
-                saturation_value=int(np.iinfo(dtype).max) - 1,
-                frame_time=1.0,
-                count_time=1.0,
-            )
-            for operator in make(start):
-                for batch in _every_kind(start):
-                    operator.push(batch)
-                    operator.result()
-                    operator.restore(operator.snapshot())
-
-    slow = threading.Timer(1.5, say, ["compiling the kernels (once per installation)"])
-    slow.start()
-    try:
-        kernel_cache.fill(CACHE, exercise)
-    finally:
-        slow.cancel()
-
-
-def compile_all(say: Callable[[str], None]) -> None:
-    """Compile the kernels of every operator and of both kinds of error bars."""
-    bins = np.ones((8, 256), np.int32)
-    roimap = RoiMap(static_roi_map=bins, dynamic_roi_map=bins)
-    for error in ("static", "pixel"):
-        # Where frames come from does not matter: nothing is opened.
-        document = {"source": {"address": "any.h5"}, "qmap": "any", "operators": {"multitau": {"error": error}}}
-        compile_kernels(operators_of(check(document), roimap), roimap, say)
-
-
-def _every_kind(start: RunStart) -> Iterator[FrameBatch]:
-    """Yield frames that are dark, dim, as bright as can be, and too bright; dense, and after a gap as events."""
-    counts = np.zeros((4, math.prod(start.shape)), start.dtype)
-    counts[1] = 1
-    counts[2] = np.iinfo(start.dtype).max - 1
-    counts[3, ::2] = np.iinfo(start.dtype).max
-    of_frame, pixels = np.nonzero(counts)
-    frames = counts.reshape(4, *start.shape)
-    events = Events(
-        shape=frames.shape,
-        offsets=np.searchsorted(of_frame, np.arange(5)),
-        pixels=pixels.astype(np.uint32),
-        counts=counts[of_frame, pixels],
-    )
-    frames.flags.writeable = False
-    # One frame has no delays yet, and after a gap that long there are all of them.
-    yield FrameBatch(run="", first=0, frames=frames[:1], timestamp_ns=0)
-    yield FrameBatch(run="", first=1, frames=frames[1:], timestamp_ns=0)
-    yield FrameBatch(run="", first=1 << 20, frames=events, timestamp_ns=0)
 
 
 def proxy_keys(configuration: Configuration) -> ClientKeys | None:
@@ -190,6 +106,8 @@ def _frames_of(section: SourceSection, give: Give, properties: Mapping[str, str]
             raise ConfigError(f"{section.address}: what a gateway sends is for the workers of a beamline")
         case "tiled":
             raise ConfigError(f"{section.address}: documents are given to it, frames do not come from it")
+        case "live":
+            raise ConfigError(f"{section.address}: results are shown there, frames do not come from it")
 
 
 def frames_of(text: str, batch: int | None, frame_time: float | None, otherwise: float | None = None) -> Source:
@@ -252,11 +170,20 @@ def sinks_of(
             of_results.insert(0, ConsoleSink(console, q=roimap.dynamic_q.tolist(), is_live=is_live))
         elif where.transport == "zmq":
             others.append(ZmqSink(where.target, pattern="pub"))
+        elif where.transport == "live":
+            others.append(_live(text, configuration))
         elif where.transport == "hdf5":
             file, told = Path(where.target), configuration.text() if said is None else said
             of_results.append(Hdf5Sink(file, qmap=roimap.arrays(), configuration=told, on_written=written))
     # The display has ended when the name of a result file is printed; documents tell of files that are there.
     return [*of_results, *others, *([documents] if documents is not None else [])]
+
+
+def _live(text: str, configuration: Configuration) -> LiveSink:
+    host, port = live_at(text)
+    token = read_token(Path(configuration.token_file) if configuration.token_file else None)
+    qmap, source = Path(configuration.qmap), configuration.source.address
+    return LiveSink(host, port, qmap=qmap, source=source, token=token)
 
 
 def _documents_of(
@@ -350,13 +277,6 @@ def simulated(
         truth_rate=rate_of_bin.tolist(),
         metadata=told | {"sample": sample, "detector": "xpcs-stream simulate"},
     )
-
-
-def there(path: Path) -> Path:
-    """Return the path of a file that exists; else ConfigError."""
-    if not path.exists():
-        raise ConfigError(f"{path}: no such file")
-    return path
 
 
 def try_to_write(path: Path) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
-from stream.assembly import compile_kernels, operators_of, sinks_of, source_of, there
-from stream.config import SourceSection, check
+from stream.assembly import sinks_of, source_of
+from stream.config import SourceSection, check, there
+from stream.correlators import compile_kernels, operators_of
 from stream.errors import XpcsStreamError
 from stream.ingest.bluesky import BlueskySource
 from stream.ingest.bluesky_files import BlueskyFiles

@@ -26,7 +26,9 @@ from pydantic_core import ErrorDetails
 from stream.errors import ConfigError
 from stream.units import quantity
 
-Transport = Literal["dectris", "zmq", "hub", "proxy", "kafka", "documents", "tiled", "hdf5", "recording", "rigaku"]
+Transport = Literal[
+    "dectris", "zmq", "hub", "proxy", "kafka", "documents", "tiled", "live", "hdf5", "recording", "rigaku"
+]
 
 _SCHEMES: dict[str, Transport] = {
     "zmq+dectris://": "dectris",
@@ -34,6 +36,7 @@ _SCHEMES: dict[str, Transport] = {
     "kafka+bluesky://": "documents",
     "tiled+http://": "tiled",
     "tiled+https://": "tiled",
+    "live://": "live",
     "zmq://": "zmq",
     "kafka://": "kafka",
 }
@@ -51,7 +54,7 @@ MAX_PORT = 65535
 _BEAMLINE = r"[A-Za-z0-9._-]{1,200}"
 _ADDRESSES = (
     "zmq+dectris://HOST:PORT, zmq://HOST:PORT, zmq://HOST:PORT/BEAMLINE, kafka://HOST:PORT/BEAMLINE, "
-    "kafka+bluesky://HOST:PORT/TOPIC, zmq+bluesky://HOST:PORT, tiled+http://HOST:PORT, "
+    "kafka+bluesky://HOST:PORT/TOPIC, zmq+bluesky://HOST:PORT, tiled+http://HOST:PORT, live://HOST:PORT, "
     f"or a file ({' '.join(_SUFFIXES)})"
 )
 
@@ -98,6 +101,21 @@ def address(text: str) -> Address:
         if path.endswith(suffix):
             return Address(transport, path)
     raise ConfigError(f'"{text}": an address is {_ADDRESSES}')
+
+
+def live_at(text: str) -> tuple[str, int]:
+    """Return host and port of a page.
+
+    Raises
+    ------
+    ConfigError
+        It is another address.
+    """
+    where = address(text)
+    if where.transport != "live":
+        raise ConfigError(f'"{text}": a page is at live://HOST:PORT')
+    host, _, port = where.target.removeprefix("tcp://").rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def _kafka(text: str) -> str:
@@ -214,10 +232,27 @@ class MultiTauSection(_Section):
     """Error bars from the spread over static bins, or over pixels as the APS does (slower, more memory)."""
 
 
+class TwoTimeSection(_Section):
+    """Two-time correlation c2(t1, t2); see `stream.operators.twotime`."""
+
+    frames: Annotated[int, Field(ge=2, le=8192)] = 256
+    """The newest frames that are kept one by one, and so many averages of 2, 4, 8, ... of them."""
+    levels: Annotated[int, Field(ge=1, le=16)] = 8
+    """The longest time looked back is frames * 2**(levels - 1)."""
+    bins: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)] | None = None
+    """Dynamic bins of the map, from 1. None: all."""
+    normalisation: Literal["dynamic", "static"] = "dynamic"
+    """By the mean of each dynamic bin, or of each static bin in it as boost_corr does."""
+    memory_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 4.0
+    """What would take more memory is refused."""
+
+
 class OperatorsSection(_Section):
     """What is computed. g2 always is."""
 
     multitau: MultiTauSection = MultiTauSection()
+    twotime: TwoTimeSection | None = None
+    """Two-time correlation. None: it is not computed."""
     scattering: bool = True
     """Mean image and q profile."""
     intensity: bool = True
@@ -234,7 +269,7 @@ class CheckpointSection(_Section):
 def _sink(text: str) -> str:
     if text == "console":
         return text
-    text = _address_of("zmq", "kafka", "proxy", "tiled", "hdf5")(text)
+    text = _address_of("zmq", "kafka", "proxy", "tiled", "live", "hdf5")(text)
     if unknown := set(re.findall(r"\{[^{}]*\}", text)) - {"{run}"}:
         raise ValueError(f'"{text}": {", ".join(sorted(unknown))} stands for nothing; only {{run}} does')
     return text
@@ -258,7 +293,9 @@ class Configuration(_Section):
     )
     """A result file (``{run}`` in its name stands for the run), ``zmq://HOST:PORT`` to publish, ``console``; as
     documents of a Bluesky run ``kafka://HOST:PORT/BEAMLINE``, ``zmq+bluesky://HOST:PORT`` of a Proxy, or
-    ``tiled+http://HOST:PORT`` of a Tiled server."""
+    ``tiled+http://HOST:PORT`` of a Tiled server; ``live://HOST:PORT`` for a page in the browser."""
+    token_file: File | None = None
+    """What must be known to see the page; asked for where others than this machine reach it."""
     kafka_properties: File | None = None
     """Settings of librdkafka, see `stream.kafka.read_properties`."""
     secret_key: File | None = None
@@ -403,3 +440,10 @@ def _refuse_duplicates(path: Path, root: yaml.Node | None) -> None:
                 raise ConfigError(f"{path}:{key.start_mark.line + 1}: {key.value}: stands here for the second time")
             keys.add(str(key.value))
             nodes.append(value)
+
+
+def there(path: Path) -> Path:
+    """Return the path of a file that exists; else ConfigError."""
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file")
+    return path

@@ -9,13 +9,16 @@ import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import zmq
 import zmq.auth
-from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.z85 import Z85CHARS
 
 from stream.errors import ConfigError
+
+if TYPE_CHECKING:
+    from zmq.auth.thread import ThreadAuthenticator
 
 _log = logging.getLogger(__name__)
 
@@ -158,8 +161,10 @@ class GatewayKeys:
             raise ConfigError(f"{allowed}: no such directory")
         return cls(*_load_secret(secret), allowed=allowed)
 
-    def use(self, socket: "zmq.Socket[bytes]") -> ThreadAuthenticator:
+    def use(self, socket: "zmq.Socket[bytes]") -> "ThreadAuthenticator":
         """Encrypt what goes through a socket that will bind, and ask who comes; the caller stops that at the end."""
+        from zmq.auth.thread import ThreadAuthenticator  # with it comes asyncio, and a worker is to start fast
+
         authenticator = ThreadAuthenticator(socket.context, log=_log)
         authenticator.start()
         authenticator.configure_curve_callback(domain="*", credentials_provider=self)

@@ -3,11 +3,11 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from struct import Struct
 from types import TracebackType
 from typing import Self
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from stream.curve import ClientKeys, Handshakes
 from stream.errors import DecodeError, XpcsStreamError
@@ -18,6 +18,9 @@ _log = logging.getLogger(__name__)
 
 LINGER = 2.0
 """Seconds that closing waits for what was said last to leave."""
+
+_EVENT = Struct("=hi")
+"""What a monitor tells (zmq_socket_monitor(3)): pyzmq reads it, too, but imports asyncio, and workers start fast."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +140,7 @@ class Dealer:
     def _check(self) -> None:
         """Count connections; raise `error` if there can be none, where ZeroMQ would go on trying."""
         while self._monitor.poll(0):
-            event = recv_monitor_message(self._monitor)["event"]
+            event, _ = _EVENT.unpack(self._monitor.recv_multipart()[0])
             self.connections += event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             self._handshakes.take(event)
         if self._handshakes.refusal:

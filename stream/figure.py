@@ -129,6 +129,8 @@ def _header(figure: SubFigure, file: h5py.File) -> None:
     if "ledger" in xpcs:
         ledger = xpcs["ledger"]
         parts.append(f"{ledger['lost'][()]:,} lost" if ledger["lost"][()] else "none lost")
+        if "from_file" in ledger and ledger["from_file"][()]:
+            parts.append(f"{ledger['from_file'][()]:,} late, from a file")
         parts += [f"{ledger[name][()]:,} {name}" for name in ("late", "duplicate", "undecodable") if ledger[name][()]]
     if (status := xpcs["exit_status"].asstr()[()]) != "success":
         parts.append(f"exit status: {status}")

@@ -9,7 +9,7 @@ stalled slows nobody else.
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from typing import Self
 import zmq
 
 from stream.curve import GatewayKeys
+from stream.delivery import Delivery
 from stream.errors import DecodeError, SinkError
 from stream.hub_wire import MAX_BYTES, OVERHEAD, Had, Here, Put, Read, Record, Refused, Said, pack, unpack
 from stream.ring import Ring
@@ -151,8 +152,8 @@ class Hub:
         self._thread.join()
         self._close()
 
-    def append(self, log: str, parts: Sequence[Buffer], *, must_stay: bool) -> None:
-        """Take a record that is not changed afterwards; the oldest go for it.
+    def append(self, log: str, parts: Sequence[Buffer], *, must_stay: bool, run: int = 0) -> None:
+        """Take a record that is not changed afterwards, of a run that has a number; the oldest go for it.
 
         Raises
         ------
@@ -161,7 +162,7 @@ class Hub:
         """
         with self._changed:
             self._check()
-            self._rings[log].append(parts, must_stay=must_stay)
+            self._rings[log].append(parts, must_stay=must_stay, run=run)
             self._ring_bell()
 
     def wait_for_room(self, log: str, n_bytes: int, within: float) -> bool:
@@ -193,6 +194,19 @@ class Hub:
     def lost(self, log: str) -> int:
         """Return how many records of a log went before they were safe."""
         return self._rings[log].lost
+
+    def delivery(self) -> Delivery:
+        """Return how far the frames of all regions are."""
+        with self._changed:
+            rings = [ring for log, ring in self._rings.items() if log != PARTIALS]
+            unsafe = [kept for ring in rings if (kept := ring.unsafe) is not None]
+            lost = sum((ring.lost_of for ring in rings), Counter[int]())
+        since = min((kept.at for kept in unsafe), default=None)
+        return Delivery(
+            lag=0.0 if since is None else time.monotonic() - since,
+            lost=lost,
+            unsafe_run=min((kept.run for kept in unsafe), default=None),
+        )
 
     def _unsafe(self) -> dict[str, int]:
         return {log: ring.end - ring.safe for log, ring in self._rings.items() if ring.safe < ring.end}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from stream.errors import ConfigError
 from stream.ledger import Ledger
-from stream.messages import FrameBatch, Rejected, RunStart, RunStop
+from stream.messages import Arrays, FrameBatch, Rejected, RunStart, RunStop
 from stream.operators.roimap import RoiMap
 from stream.protocols import Source
 
@@ -71,6 +71,7 @@ def of_result(path: Path) -> tuple[Facts, Mapping[str, NDArray[np.float64]]]:
         if "xpcs/ledger" in file:
             counts = {name: int(file["xpcs/ledger"][name][()]) for name in _COUNTS}
             facts |= counts | ({"sent": "not told"} if counts["sent"] < 0 else {})
+            facts |= how_frames_came({name: dataset[()] for name, dataset in file["xpcs/ledger"].items()})
         steps = [
             multitau[f"config/{name}"][()] for name in ("stride_frame", "avg_frame") if f"config/{name}" in multitau
         ]
@@ -78,6 +79,19 @@ def of_result(path: Path) -> tuple[Facts, Mapping[str, NDArray[np.float64]]]:
         g2["tau"] = np.ravel(multitau["delay_list"][()]) * frame_time
         g2["n_pairs"] = multitau["n_pairs"][()] if "n_pairs" in multitau else np.full(len(g2["tau"]), np.nan)
     return facts, g2
+
+
+def how_frames_came(ledger: Arrays) -> Facts:
+    """Describe what a ledger says beside counts, where that is not as it should be."""
+    facts: dict[str, object] = {}
+    if plane := int(ledger.get("plane", 0)):
+        facts["came by"] = ("stream", "stream and file", "file")[min(plane, 2)]
+    for name in ("missing_regions", "repaired_regions"):
+        if name in ledger and ledger[name].size:
+            facts[name.replace("_", " ")] = ", ".join(map(str, ledger[name].tolist()))
+    if late := int(ledger.get("from_file", 0)):
+        facts["late, from the file"] = late
+    return facts
 
 
 def of_frames(source: Source, stop: threading.Event, limit: int) -> Facts:

@@ -6,6 +6,10 @@ that a node that was lost does not hold up what the others know. The ledger says
 
 Of each region are kept the newest sums, and fewer of older ones: two of every multiple of 2, 4, 8 steps. So there is a
 frame in common with a region that lags.
+
+A region that lost frames on its way may be recomputed from a file (`stream.repairs`): its sums take the place of those
+of the stream if they are of more frames, whenever and however often they come. A run that ended with frames lost can be
+held open for that: its results are interim ones until it is repaired, or the time for that is over.
 """
 
 import logging
@@ -19,6 +23,7 @@ from stream.errors import CheckpointError
 from stream.ledger import Ledger
 from stream.messages import Arrays, Output, Result, RunStart, RunStop
 from stream.protocols import Operator
+from stream.repairs import Key, Origins, metadata_of_run
 
 _log = logging.getLogger(__name__)
 
@@ -34,9 +39,8 @@ MOST_REGIONS = 4096
 ENDED = 1024
 """Runs remembered after their end, so that what comes late of them begins none anew."""
 
-
-Key = tuple[str, str]
-"""Name of a run and when it began: a detector that was restarted counts its runs anew."""
+STREAM, STREAM_AND_FILE, FILE = range(3)
+"""Ways that a run went, from the best to the worst."""
 
 
 @dataclass(slots=True)
@@ -53,6 +57,22 @@ class _Region:
         names = {operator.name for operator in self.operators}
         return {n_frames for n_frames, sums in self.partials.items() if names <= sums.keys()}
 
+    @property
+    def received(self) -> int:
+        """Frames that the sums are of."""
+        return int(self.ledger["received"]) if self.ledger else 0
+
+    @property
+    def has_all(self) -> bool:
+        """Whether it is from a file with all frames that there are."""
+        return self.start.metadata.get("is_all") is True
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it ended, and all frames came."""
+        ended_well = self.stop is not None and self.stop.exit_status != "fail"
+        return ended_well and bool(self.ledger) and not int(self.ledger["lost"])
+
     def thin_out(self, step: int) -> None:
         """Forget partial sums; see the module."""
         kept: set[int] = set()
@@ -64,13 +84,104 @@ class _Region:
 
 @dataclass(slots=True)
 class _Run:
+    name: str
     regions: dict[int, _Region] = field(default_factory=dict)
+    """As they came in the stream."""
+    repairs: dict[int, _Region] = field(default_factory=dict)
+    """From a file: of each region the one with most frames, complete."""
+    arriving: dict[tuple[str, int], _Region] = field(default_factory=dict)
+    """Repairs that are not complete, by name and region."""
     wanted: int = 1
     """Regions that there are."""
-    published: tuple[int, int] = (0, 0)
-    """Frames of the newest result, and how many regions are in it."""
+    published: tuple[int, int, bool, int] = (0, 0, False, 0)
+    """Frames of the newest result, how many regions are in it, whether the run was held, how many were repaired."""
     first_end: float | None = None
     """When the first region had ended; monotonic."""
+    plane: int = STREAM
+    """The worst way that it went."""
+
+    @property
+    def ended(self) -> set[int]:
+        """Regions of which either the stream or a file has told all."""
+        return {name for name, region in self.regions.items() if region.stop is not None} | self.repairs.keys()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether all regions have ended: of those that have not in the stream, a file has all frames."""
+        streamed = {name for name, region in self.regions.items() if region.stop is not None}
+        return len(streamed | {name for name, repair in self.repairs.items() if repair.has_all}) >= self.wanted
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all regions have ended, and none can become better."""
+        return self.is_held and all(map(self._is_settled, self.ended))
+
+    def _is_settled(self, name: int) -> bool:
+        streamed, repair = self.regions.get(name), self.repairs.get(name)
+        if repair is not None:
+            return repair.has_all or (streamed is not None and streamed.stop is not None)
+        return streamed is not None and streamed.is_whole
+
+    def begin(self, start: RunStart, operators: Callable[[RunStart], Sequence[Operator]], *, is_repair: bool) -> None:
+        """Take note of a region, unless that was done before."""
+        if is_repair and (start.run, start.region) not in self.arriving:
+            self.arriving[start.run, start.region] = _Region(start, operators=operators(start))
+        elif not is_repair and start.region not in self.regions:
+            self.regions[start.region] = _Region(start, operators=operators(start))
+        else:
+            return
+        regions = start.metadata.get("regions")
+        self.wanted = regions if isinstance(regions, int) and 1 <= regions <= MOST_REGIONS else 1
+
+    def region(self, message: Result | RunStop, *, is_repair: bool) -> _Region | None:
+        """Return what a message is for, if that began."""
+        return self.arriving.get((message.run, message.region)) if is_repair else self.regions.get(message.region)
+
+    def end(self, stop: RunStop, *, is_repair: bool) -> None:
+        """Take the end of a region."""
+        region = self.region(stop, is_repair=is_repair)
+        if region is None:
+            return
+        region.stop = stop
+        self.first_end = time.monotonic() if self.first_end is None else self.first_end
+        if is_repair:
+            del self.arriving[stop.run, stop.region]
+            before = self.repairs.get(stop.region)
+            if before is None or _worth(before) < _worth(region):
+                self.repairs[stop.region] = region
+
+    def frames(self, name: int) -> set[int]:
+        """Return the frames of which all sums of a region are there, of the stream or of a file."""
+        found = [each for each in (self.regions.get(name), self.repairs.get(name)) if each is not None]
+        return set().union(*(each.complete() for each in found))
+
+    def best(self, name: int, n_frames: int) -> _Region:
+        """Return who knows most of a region, after so many frames."""
+        streamed, repair = self.regions.get(name), self.repairs.get(name)
+        if repair is None:
+            return self.regions[name]
+        if streamed is None:
+            return repair
+        after = [n_frames in each.complete() for each in (streamed, repair)]
+        if after[0] == after[1]:
+            return repair if repair.received > streamed.received and after[1] else streamed
+        return streamed if after[0] else repair
+
+    def stop(self, name: int, n_frames: int) -> RunStop:
+        """Return the end of a region that has ended, as who knows most of it tells it."""
+        told = (self.best(name, n_frames), self.repairs.get(name), self.regions.get(name))
+        return next(each.stop for each in told if each is not None and each.stop is not None)
+
+    def thin_out(self) -> None:
+        """Forget what will not be asked for again, of a run that may be held for long."""
+        n_frames = _common(each.complete() for each in self.regions.values())
+        for region in self.regions.values():
+            kept = {n_frames, max(region.partials, default=0)}
+            region.partials = {n: sums for n, sums in region.partials.items() if n in kept}
+
+
+def _worth(repair: _Region) -> tuple[bool, int]:
+    return bool(repair.partials), repair.received
 
 
 class Merger:
@@ -84,6 +195,10 @@ class Merger:
         Seconds, by the frames' own time, that a region may be behind the others.
     give_up
         Seconds to wait for the end of the last region after that of the first.
+    repair_within
+        Seconds, after the end of the first region, that a run with lost frames is held open for sums from a file.
+    plane
+        Tells which way runs go now: `STREAM`, `STREAM_AND_FILE` or `FILE`.
     ended
         Runs of which nothing more is wanted, as `ended` tells them.
     """
@@ -94,15 +209,18 @@ class Merger:
         *,
         patience: float = 10.0,
         give_up: float = 300.0,
+        repair_within: float = 0.0,
+        plane: Callable[[], int] = lambda: STREAM,
         ended: Iterable[Key] = (),
     ) -> None:
         self._operators = operators
         self._patience = patience
         self._give_up = give_up
+        self._repair_within = repair_within
+        self._plane = plane
         self._runs: dict[Key, _Run] = {}
         self._ended: dict[Key, None] = dict.fromkeys(ended)
-        self._run_of: dict[int, Key] = {}
-        """By region, the run that it is in."""
+        self._origins = Origins()
 
     @property
     def open_runs(self) -> list[Key]:
@@ -115,48 +233,62 @@ class Merger:
         return list(self._ended)
 
     def take(self, message: RunStart | Result | RunStop) -> Iterator[Output]:
-        """Take what a worker published, in any order of regions, also twice; yield the beginning and end of runs."""
-        if isinstance(message, RunStart):
-            self._run_of[message.region] = message.run, str(message.metadata.get("start_time", ""))
-        key = self._run_of.get(message.region)
+        """Take what was published of a region, in any order of regions, also twice; yield begins and ends of runs."""
+        origin = self._origins.of(message)
+        if origin is None:
+            _log.info("%s %s of a run that did not begin here", type(message).__name__, message.run)
+            return
+        key, is_repair = origin
         if key in self._ended:
             return
-        run = self._runs.get(key) if key is not None and key[0] == message.run else None
+        run = self._runs.get(key)
         match message:
-            case RunStart() if key is not None:
+            case RunStart():
                 if run is None:
-                    run = self._runs[key] = _Run()
-                    yield _whole(message)
-                if message.region not in run.regions:
-                    run.regions[message.region] = _Region(message, operators=self._operators(message))
-                    regions = message.metadata.get("regions")
-                    run.wanted = regions if isinstance(regions, int) and 1 <= regions <= MOST_REGIONS else 1
-            case Result() if run is not None and message.region in run.regions:
+                    yield from self._end_namesakes(key)
+                    run = self._runs[key] = _Run(key[0])
+                    yield _whole(message, key)
+                run.begin(message, self._operators, is_repair=is_repair)
+            case Result() if run is not None:
+                region = run.region(message, is_repair=is_repair)
                 # What comes after its end was said before.
-                if run.regions[message.region].stop is None:
-                    self._add(run.regions[message.region], message)
-            case RunStop() if key is not None and run is not None and message.region in run.regions:
-                run.regions[message.region].stop = message
-                run.first_end = time.monotonic() if run.first_end is None else run.first_end
-                yield from self._end(key, run)
-            case _:
-                _log.info("%s %s of a run that did not begin here", type(message).__name__, message.run)
+                if region is not None and region.stop is None:
+                    self._add(region, message)
+            case RunStop() if run is not None:
+                was_held = run.is_held
+                run.end(message, is_repair=is_repair)
+                if self._repair_within and not run.is_settled:
+                    if run.is_held and not was_held:
+                        _log.warning("run %s lost frames: held open until they come from a file", key[0])
+                        run.thin_out()
+                elif run.is_held:
+                    yield from self._end(key, run)
 
     def interim(self) -> Iterator[Result]:
         """Yield what is new since the last call, of every run that is open."""
         for run in self._runs.values():
+            if not run.is_held:
+                run.plane = max(run.plane, self._plane())
             n_frames, regions = self._newest(run)
-            if n_frames and (n_frames, len(regions)) > run.published:
-                run.published = n_frames, len(regions)
+            state = n_frames, len(regions), run.is_held, len(run.repairs)
+            if n_frames and state > run.published:
+                run.published = state
                 yield from _merged(run, regions, n_frames, final=False)
 
     def given_up(self) -> Iterator[Output]:
-        """Yield the ends of runs of which not all regions ended in time."""
+        """Yield the ends of runs of which not all regions ended in time, or were not repaired in time."""
         for key, run in list(self._runs.items()):
-            if run.first_end is not None and time.monotonic() > run.first_end + self._give_up:
-                late = sorted(set(range(run.wanted)) - _ended(run))
-                _log.warning("run %s: given up without the end of region %s", key[0], ", ".join(map(str, late)))
-                yield from self._end(key, run, give_up=True)
+            within = self._repair_within if run.is_held else max(self._give_up, self._repair_within)
+            if run.first_end is not None and time.monotonic() > run.first_end + within:
+                late = ", ".join(map(str, sorted(set(range(run.wanted)) - run.ended)))
+                _log.warning("run %s: given up without %s", key[0], f"the end of region {late}" if late else "a file")
+                yield from self._end(key, run)
+
+    def _end_namesakes(self, key: Key) -> Iterator[Output]:
+        """End held runs of the same name: results say no more of their run than that."""
+        for other, run in list(self._runs.items()):
+            if other[0] == key[0] and run.is_held:
+                yield from self._end(other, run)
 
     def _add(self, region: _Region, result: Result) -> None:
         if result.operator == "ledger":
@@ -169,7 +301,11 @@ class Merger:
 
     def _newest(self, run: _Run) -> tuple[int, list[int]]:
         """Return the newest frame that may be merged, and the regions that have it."""
-        complete = {name: region.complete() for name, region in run.regions.items()}
+        if run.is_held:
+            complete = {name: run.frames(name) for name in run.ended}
+        else:
+            # A file knows the last frame only: it would be far ahead of the others.
+            complete = {name: region.complete() for name, region in run.regions.items()}
         reached = {name: max(frames) for name, frames in complete.items() if frames}
         newest = max(reached.values(), default=0)
         steps = [float(np.diff(sorted({0, *frames})).min()) for frames in complete.values() if frames]
@@ -184,15 +320,12 @@ class Merger:
             del reached[name]
         return 0, []
 
-    def _end(self, key: Key, run: _Run, *, give_up: bool = False) -> Iterator[Output]:
-        ended = _ended(run)
-        if len(ended) < run.wanted and not give_up:
-            return
-        stops = [stop for region in ended if (stop := run.regions[region].stop) is not None]
-        complete = {region: frames for region in ended if (frames := run.regions[region].complete())}
+    def _end(self, key: Key, run: _Run) -> Iterator[Output]:
+        complete = {name: frames for name in run.ended if (frames := run.frames(name))}
         # Regions end apart if a gateway was killed amid a batch: then what they have in common is the result.
         n_frames = _common(complete.values())
         regions = sorted(complete) if n_frames else []
+        stops = [run.stop(name, n_frames) for name in run.ended]
         results = list(_merged(run, regions, n_frames, final=True))
         worst = max(stops, key=lambda stop: ("success", "abort", "fail").index(stop.exit_status))
         exit_status = "fail" if results[-1].arrays["missing_regions"].size else worst.exit_status
@@ -210,23 +343,18 @@ def _common(frames: Iterable[set[int]]) -> int:
     return max(set.intersection(*sets), default=0) if sets else 0
 
 
-def _ended(run: _Run) -> set[int]:
-    return {name for name, region in run.regions.items() if region.stop is not None}
-
-
-def _whole(start: RunStart) -> RunStart:
-    metadata = {name: value for name, value in start.metadata.items() if name != "regions"}
-    shape = start.detector_shape or start.shape
-    return replace(start, region=0, shape=shape, origin=(0, 0), detector_shape=None, metadata=metadata)
+def _whole(start: RunStart, key: Key) -> RunStart:
+    shape, metadata = start.detector_shape or start.shape, metadata_of_run(start)
+    return replace(start, run=key[0], region=0, shape=shape, origin=(0, 0), detector_shape=None, metadata=metadata)
 
 
 def _merged(run: _Run, regions: list[int], n_frames: int, *, final: bool) -> Iterator[Result]:
     """Yield the results of every operator, merged in the order of regions, and the ledger."""
-    name = next(iter(run.regions.values())).start.run
+    name = run.name
     restored: dict[int, Sequence[Operator]] = {}
     for region in regions:
         try:
-            restored[region] = _restored(run.regions[region], n_frames)
+            restored[region] = _restored(run.best(region, n_frames), n_frames)
         except (CheckpointError, KeyError, ValueError) as error:
             _log.warning("run %s: region %d cannot be merged: %s", name, region, error)
     if restored:
@@ -234,7 +362,7 @@ def _merged(run: _Run, regions: list[int], n_frames: int, *, final: bool) -> Ite
             for other in others:
                 first.merge(other)
             yield Result(run=name, operator=first.name, n_frames=n_frames, final=final, arrays=first.result())
-    ledger = _ledger(run, list(restored))
+    ledger = _ledger(run, list(restored), n_frames, final=final)
     yield Result(run=name, operator="ledger", n_frames=n_frames, final=final, arrays=ledger)
 
 
@@ -244,16 +372,34 @@ def _restored(region: _Region, n_frames: int) -> Sequence[Operator]:
     return region.operators
 
 
-def _ledger(run: _Run, regions: list[int]) -> Arrays:
-    """Return the ledger of the region that lost most, the other regions' troubles added, and which are not in it."""
-    ledgers = [region.ledger for region in run.regions.values() if region.ledger]
-    missing = np.array(sorted(set(range(run.wanted)) - set(regions)), np.int64)
+def _ledger(run: _Run, regions: list[int], n_frames: int, *, final: bool) -> Arrays:
+    """Return the ledger of the region that lost most, the other regions' troubles added, and how the frames came.
+
+    missing_regions     that are not in the result
+    repaired_regions    that are from a file
+    from_file           frames that came by the file only, late: of the region with most of them
+    plane               0 stream, 1 stream and file, 2 file
+    awaits_file         1 while the run has ended, and its lost frames may yet come from a file
+    """
+    best = {name: run.best(name, n_frames) for name in {*run.regions, *run.repairs}}
+    repaired = [name for name in regions if best[name] is run.repairs.get(name)]
+    streamed = {name: run.regions[name].received if name in run.regions else 0 for name in regions}
+    came_late = [best[name].received - streamed[name] for name in repaired]
+    of_repairs = 0 if not repaired else STREAM_AND_FILE if any(streamed.values()) else FILE
+    how = {
+        "missing_regions": np.array(sorted(set(range(run.wanted)) - set(regions)), np.int64),
+        "repaired_regions": np.array(repaired, np.int64),
+        "from_file": np.array(max(came_late, default=0), np.int64),
+        "plane": np.array(max(run.plane, of_repairs), np.int64),
+        "awaits_file": np.array(run.is_held and not final, np.int64),
+    }
+    ledgers = [region.ledger for region in best.values() if region.ledger]
     if not ledgers:
-        return {**Ledger().arrays(), "missing_regions": missing}
+        return {**Ledger().arrays(), **how}
     worst = max(ledgers, key=lambda ledger: int(ledger["lost"]))
     troubles = {
         name: np.sum([ledger[name] for ledger in ledgers], axis=0)
         for name in ("late", "duplicate", "undecodable", "stray")
     }
-    lag = np.max([ledger["lag"] for ledger in ledgers])
-    return {**worst, **troubles, "lag": np.array(lag), "missing_regions": missing}
+    lag = np.fmax.reduce([ledger["lag"] for ledger in ledgers])  # that of a file is not known
+    return {**worst, **troubles, "lag": np.array(lag), **how}

@@ -11,10 +11,11 @@ from typing import Protocol
 from pydantic import BaseModel, ValidationError
 
 from stream.errors import CheckpointError
-from stream.merger import Key, Merger
+from stream.merger import Merger
 from stream.messages import Output, Position, Rejected, Result, RunStart, RunStop
 from stream.pipeline import deliver, offer
 from stream.protocols import Sink
+from stream.repairs import Key
 
 _log = logging.getLogger(__name__)
 

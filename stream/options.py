@@ -1,5 +1,6 @@
 """What the options of several commands have in common."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -93,6 +94,31 @@ Documents = Annotated[
 ]
 
 
+Live = Annotated[
+    str | None,
+    typer.Option(
+        "--live",
+        help="Serve a page that shows the results: live://HOST:PORT; 127.0.0.1 for this machine only.",
+        metavar="ADDRESS",
+    ),
+]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file",
+        help="Show the page only to those who know what stands in FILE; asked for where others than this machine "
+        "reach it. Else XPCS_STREAM_TOKEN.",
+        metavar="FILE",
+    ),
+]
+
+
+def say_where(at: str, token_file: Path | str | None) -> None:
+    """Tell where the page is."""
+    asks = "?token=..." if token_file or os.environ.get("XPCS_STREAM_TOKEN") else ""
+    typer.echo(f"live page at {at.replace('live://', 'http://')}/{asks}", err=True)
+
+
 def roots_of(texts: list[str] | None) -> dict[str, str]:
     """Return directories by what documents call them."""
     pairs = [text.partition("=") for text in texts or ()]
@@ -120,7 +146,8 @@ def option_of(place: "Place", document: Mapping[str, Any]) -> str:
             return "--checkpoint"
         case ("sinks", int(index), *_):
             scheme, has_scheme, _ = document["sinks"][index].partition("://")
-            return ("--publish" if scheme == "zmq" else "--documents") if has_scheme else "--out"
+            option = {"zmq": "--publish", "live": "--live"}.get(scheme, "--documents")
+            return option if has_scheme else "--out"
         case _:
             return f"--{place[-1]}".replace("_", "-")
 

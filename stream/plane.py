@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Protocol
 
 from stream import checkpoint
-from stream.assembly import Make
+from stream.correlators import Make
+from stream.delivery import Delivery
 from stream.errors import ConfigError
 from stream.ledger import Ledger
 from stream.merger import Merger
@@ -46,6 +47,13 @@ class Frames(AbstractContextManager["Frames"], Protocol):
         """Tell that nothing before a position will be asked for again. For any thread."""
 
 
+class Sent(Sink, Protocol):
+    """Where a gateway's frames of all regions go."""
+
+    def delivery(self) -> Delivery:
+        """Return how far they are; runs are numbered as they were begun here, from 1. For any thread."""
+
+
 class Group(Protocol):
     """A member of a group of workers, among whom regions are shared out."""
 
@@ -58,7 +66,7 @@ class Plane(Protocol):
 
     beamline: str
 
-    def gateway(self, n_regions: int, *, ring_bytes: int, waits: bool, stop: threading.Event) -> Sink:
+    def gateway(self, n_regions: int, *, ring_bytes: int, waits: bool, stop: threading.Event) -> Sent:
         """Return where frames of all regions go.
 
         Parameters
@@ -84,13 +92,27 @@ class Plane(Protocol):
     def results(self) -> Results:
         """Return all partial sums."""
 
+    def n_logs(self) -> int:
+        """Return in how many logs partial sums are, each in order: those of region 0, 1, ..., or one for all."""
+
 
 Watch = Callable[[int, Frames], AbstractContextManager[Frames]]
 """Is given the frames of a region, open; returns those that are to be taken in their place."""
 
 
-def send(source: Source, sinks: Sequence[Sink], regions: Regions, stop: threading.Event) -> Ledger:
+def send(
+    source: Source,
+    sinks: Sequence[Sink],
+    regions: Regions,
+    stop: threading.Event,
+    is_sent: Callable[[RunStart | FrameBatch | RunStop], bool] = lambda _: True,
+) -> Ledger:
     """Send what comes to the regions until the source ends or `stop` is set; return the ledger of the last run.
+
+    Parameters
+    ----------
+    is_sent
+        Is shown what comes, once it is known to be sound, and tells whether it is sent.
 
     Raises
     ------
@@ -107,9 +129,10 @@ def send(source: Source, sinks: Sequence[Sink], regions: Regions, stop: threadin
                     raise
                 _log.warning("stray: %s of run %s: %s", type(message).__name__, message.run, error)
                 continue
-            for sink in sinks:
-                for part in parts:
-                    sink.write(part)
+            if is_sent(message):
+                for sink in sinks:
+                    for part in parts:
+                        sink.write(part)
         match message:
             case RunStart():
                 ledger = Ledger()
@@ -179,6 +202,8 @@ def merge_partials(
     position: Path | None,
     publish_every: float,
     patience: float,
+    repair_within: float,
+    went: Callable[[], int],
     runs: int | None,
     stop: threading.Event,
 ) -> None:
@@ -188,7 +213,7 @@ def merge_partials(
         source.seek(begin)
     merge(
         source,
-        Merger(make, patience=patience, ended=ended),
+        Merger(make, patience=patience, repair_within=repair_within, plane=went, ended=ended),
         sinks,
         position=position,
         publish_every=publish_every,

@@ -4,6 +4,7 @@ import gc
 import os
 import re
 from contextlib import ExitStack
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,21 +16,24 @@ from stream.options import (
     Documents,
     FrameTime,
     KafkaProperties,
+    Live,
     ProxyKey,
     Qmap,
     Roots,
     RunEngine,
     SecretKey,
+    TokenFile,
     measured,
     only_given,
     option_of,
     roots_of,
+    say_where,
     stopped_by_signals,
 )
 
 # As in `stream.__main__`: only what `--help` needs is imported up here.
 if TYPE_CHECKING:
-    from stream.assembly import Make
+    from stream.correlators import Make
     from stream.operators.roimap import RoiMap
     from stream.plane import Plane
 
@@ -44,10 +48,6 @@ GatewayKey = Annotated[
 def _plane(text: str, properties: Path | None, secret_key: Path | None, peers: Path | None, *, binds: bool) -> "Plane":
     """Return the plane at an address; `peers` are the keys that may come, or the one that we go to."""
     from stream.config import address
-    from stream.curve import ClientKeys, GatewayKeys
-    from stream.kafka import read_properties
-    from stream.kafka_plane import KafkaPlane
-    from stream.zmq_plane import ZmqPlane
 
     where = address(text)
     if where.transport not in ("kafka", "hub"):
@@ -55,9 +55,15 @@ def _plane(text: str, properties: Path | None, secret_key: Path | None, peers: P
     if where.transport == "kafka":
         if secret_key or peers:
             raise typer.BadParameter(f"keys of ZeroMQ are not for {text}; see --kafka-properties")
+        from stream.kafka import read_properties
+        from stream.kafka_plane import KafkaPlane
+
         return KafkaPlane(where.target, read_properties(properties))
     if properties:
         raise typer.BadParameter(f"--kafka-properties are not for {text}")
+    from stream.curve import ClientKeys, GatewayKeys
+    from stream.zmq_plane import ZmqPlane
+
     if (secret_key is None) != (peers is None):
         raise typer.BadParameter(f"--secret-key and {'--allowed' if binds else '--gateway-key'} go together")
     keys: ClientKeys | GatewayKeys | None = None
@@ -114,6 +120,29 @@ def gateway(
             show_default=False,
         ),
     ] = None,
+    plane_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--plane",
+            metavar="FILE",
+            help='Which way frames go, as JSON, looked at all the time: {"plane": "stream", "stream+file" or "file", '
+            '"why": text, "since": seconds of the Unix epoch}. By "file" they are in the spool only, and workers hear '
+            "of starts and ends of runs; that needs --spool. Without the file they are streamed.",
+        ),
+    ] = None,
+    status: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Tell here how the gateway is, as JSON: every second, and at once when a run begins or ends. run, "
+            "frames: those of now; frames_per_s, bytes_per_s; plane, why: which way frames go; ack_lag_s: how long ago "
+            "the oldest was sent that no worker has safe; lost: records of the run that went before a worker had them "
+            "safe, lost_in_all: of all runs; null where that is not known; spool: directory, lost (frames), full_in_s, "
+            "held_bytes; runs: the last ones, also those found in the spool, with path, files, bytes, began, ended, "
+            "exit_status, frames, spooled, unsent (that went by file only), lost, planes, unsafe (workers have not all "
+            "of it yet), safe.",
+        ),
+    ] = None,
 ) -> None:
     """Send a detector's frames to the workers, cut into regions.
 
@@ -126,6 +155,9 @@ def gateway(
     from stream import plane
     from stream.assembly import proxy_keys, source_of
     from stream.config import address, check
+    from stream.gateway_runs import GatewayRuns
+    from stream.gateway_status import GatewayStatus
+    from stream.plane_file import PlaneFile
     from stream.regions import Regions
     from stream.sinks.spool import Spool, Spooled
 
@@ -152,24 +184,28 @@ def gateway(
     if spool_keep and not spool:
         raise typer.BadParameter("--spool-keep is for --spool DIR")
     with stopped_by_signals() as stop, ExitStack() as stack:
-        sinks = []
+        raw: Spool | None = None
+        if spool:
+            keep_bytes = round(1e9 * (spool_keep if spool_keep is not None else 100.0))
+            raw = stack.enter_context(Spool(spool, keep_bytes=keep_bytes))
+        sinks: list[plane.Sent] = []
+        runs = GatewayRuns(PlaneFile(plane_file) if plane_file else None, raw)
+        stack.enter_context(GatewayStatus(status, runs, sinks, raw))  # also while workers take what they have not
         for text in to:
             is_kafka = address(text).transport == "kafka"
             properties, keys = (kafka_properties, (None, None)) if is_kafka else (None, keys_of_plane)
             there = _plane(text, properties, *keys, binds=True)
             ring_bytes = round(1e9 * (keep if keep is not None else 10.0 if is_kafka else 0.5))
-            sinks.append(stack.enter_context(there.gateway(regions, ring_bytes=ring_bytes, waits=is_file, stop=stop)))
+            sinks.append(there.gateway(regions, ring_bytes=ring_bytes, waits=is_file, stop=stop))
+            stack.enter_context(sinks[-1])
         of_proxy = proxy_keys(configuration)
         frames = stack.enter_context(
             source_of(configuration.source, give="chunks", kafka_properties=kafka_properties, keys=of_proxy)
         )
-        raw: Spool | None = None
-        if spool:
-            keep_bytes = round(1e9 * (spool_keep if spool_keep is not None else 100.0))
-            raw = stack.enter_context(Spool(spool, keep_bytes=keep_bytes))
+        if raw is not None:
             frames = Spooled(frames, raw)
         typer.echo(f"taking frames from {source}", err=True)
-        ledger = plane.send(frames, sinks, Regions(regions), stop)
+        ledger = plane.send(frames, sinks, Regions(regions), stop, runs.is_sent)
         typer.echo(
             f"sent {ledger.received:,} frames to {regions} regions of {' and '.join(to)}, {ledger.lost:,} lost before",
             err=True,
@@ -216,8 +252,8 @@ def worker(
 
     xpcs-stream worker --source zmq://127.0.0.1:5555/8idi --qmap qmap.h5 --checkpoints checkpoints
     """
-    from stream import plane
-    from stream.assembly import compile_kernels
+    from stream import kernel_cache, plane
+    from stream.correlators import compile_kernels
     from stream.status import Status
 
     there = _plane(source, kafka_properties, secret_key, gateway_key, binds=False)
@@ -227,7 +263,8 @@ def worker(
     with ExitStack() as stack:
         told = stack.enter_context(Status(status))
         told.say("compiling kernels")
-        compile_kernels(make, roimap, lambda text: typer.echo(text, err=True))
+        with kernel_cache.alone():
+            compile_kernels(make, roimap, lambda text: typer.echo(text, err=True))
         gc.freeze()  # looking through all that numba made takes a second when a process ends
         told.say("waiting for a gateway", ready=True)
         stop = stack.enter_context(stopped_by_signals())
@@ -257,6 +294,8 @@ def merge(
     ] = None,
     publish: Annotated[str | None, typer.Option(help="Publish results at zmq://HOST:PORT.", metavar="ADDRESS")] = None,
     documents: Documents = None,
+    live: Live = None,
+    token_file: TokenFile = None,
     position: Annotated[
         Path | None, typer.Option(help="Keep here which runs are done, so that a restart does not repeat them.")
     ] = None,
@@ -269,6 +308,20 @@ def merge(
         float,
         typer.Option(parser=measured("s"), metavar="TIME", help="A region that is further behind is left out for now."),
     ] = 10.0,
+    repair_within: Annotated[
+        float,
+        typer.Option(
+            parser=measured("s"),
+            metavar="TIME",
+            show_default=False,
+            help="Hold a run with lost frames open so long for `xpcs-stream backfill`; until then its results are "
+            "interim ones. Not at all if not given.",
+        ),
+    ] = 0.0,
+    plane_file: Annotated[
+        Path | None,
+        typer.Option("--plane", metavar="FILE", help="Where it is told which way frames go; results say it."),
+    ] = None,
     runs: Annotated[int | None, typer.Option(min=1, help="Stop after so many runs.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No live display.")] = False,
     kafka_properties: KafkaProperties = None,
@@ -283,20 +336,23 @@ def merge(
     from stream import plane
     from stream.assembly import sinks_of
     from stream.config import address, check
+    from stream.plane_file import WAYS, PlaneFile
 
+    way = PlaneFile(plane_file) if plane_file is not None else None
     # What is only for documents is not for the plane.
     to_kafka = any(text.startswith("kafka://") for text in documents or ())
     properties = kafka_properties if address(source).transport == "kafka" or not to_kafka else None
     there = _plane(source, properties, secret_key if gateway_key or not proxy_key else None, gateway_key, binds=False)
     make, roimap = _operators(qmap, delays_per_level, levels, None)
     multitau = {"delays_per_level": delays_per_level, "levels": levels}
-    sinks = [sink for sink in (None if quiet else "console", out, publish, *(documents or ())) if sink]
+    sinks = [sink for sink in (None if quiet else "console", out, publish, live, *(documents or ())) if sink]
     configuration = check(
         {
             "source": {"address": source},
             "qmap": str(qmap),
             "operators": {"multitau": multitau},
             "sinks": sinks or ["console"],
+            "token_file": token_file and str(token_file),
             "kafka_properties": kafka_properties and str(kafka_properties),
             **_for_proxies(secret_key, proxy_key),
             "publish_every": f"{publish_every!r} s",
@@ -306,6 +362,8 @@ def merge(
         memory = Path(f"{position}.documents") if position else None
         made = sinks_of(configuration, roimap, ctx.obj, typer.echo, stop=stop, memory=memory) if sinks else []
         open_sinks = [stack.enter_context(sink) for sink in made]
+        if live:
+            say_where(live, token_file)
         there.wait(stop)
         if stop.is_set():
             return
@@ -318,9 +376,122 @@ def merge(
             position=position,
             publish_every=publish_every,
             patience=patience,
+            repair_within=repair_within,
+            went=lambda: WAYS.index(way.look().plane) if way is not None else 0,
             runs=runs,
             stop=stop,
         )
+
+
+def backfill(
+    ctx: typer.Context,
+    run: Annotated[str, typer.Argument(help="Name of the run.")],
+    source: Annotated[
+        Path,
+        typer.Option(help="File of the run (HDF5), or the directory of a spool, or of the run in it.", metavar="FILE"),
+    ],
+    qmap: Qmap,
+    plane: Annotated[
+        str | None, typer.Option(help=f"Repair the regions that lost frames: {_PLANE}.", metavar="ADDRESS")
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(help="Replace this result file, if the run lost frames that the source has.", metavar="FILE"),
+    ] = None,
+    publish: Annotated[
+        str | None, typer.Option(help="With --out: publish results at zmq://HOST:PORT, too.", metavar="ADDRESS")
+    ] = None,
+    documents: Documents = None,
+    regions: Annotated[
+        int | None,
+        typer.Option(min=1, max=4096, help="That the gateway cuts frames into, where the plane knows nothing of it."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Keep the state here, so that a restart goes on.", metavar="FILE")
+    ] = None,
+    checkpoint_every: Annotated[
+        float, typer.Option(parser=measured("s"), metavar="TIME", help="What is repeated at most after a kill.")
+    ] = 30.0,
+    delays_per_level: Annotated[int, typer.Option(help="As the workers.")] = 4,
+    levels: Annotated[int, typer.Option(help="As the workers.")] = 16,
+    threads: Annotated[int | None, typer.Option(help="Threads that correlate; one per core if not given.")] = None,
+    kafka_properties: KafkaProperties = None,
+    secret_key: SecretKey = None,
+    gateway_key: GatewayKey = None,
+    proxy_key: ProxyKey = None,
+) -> None:
+    """Compute anew from its file what of a run is without the frames that were lost on their way.
+
+    With --plane regions that lost frames, and a merger that waits for them (merge --repair-within) has the run's
+    final result then. With --out the whole run. Ends with 0 if there is nothing to repair, with 75 if it was told to
+    stop before it was done.
+
+    xpcs-stream backfill scan-7 --source spool --qmap qmap.h5 --plane zmq://127.0.0.1:5555/8idi
+
+    xpcs-stream backfill scan-7 --source spool --qmap qmap.h5 --out result-{run}.h5
+    """
+    from stream import backfill as repairing
+    from stream import backfill_file, backfill_result
+    from stream.assembly import sinks_of
+    from stream.config import check
+    from stream.correlators import compile_kernels
+    from stream.sinks.hdf5 import file_of
+
+    if (plane is None) == (out is None):
+        raise typer.BadParameter("give --plane or --out")
+    if plane is not None and (publish or documents):
+        raise typer.BadParameter("--publish and --documents go with --out; with --plane that is the merger's")
+    make, roimap = _operators(qmap, delays_per_level, levels, threads)
+    file = backfill_file.look(backfill_file.find(source, run), run)
+
+    def say(text: str) -> None:
+        typer.echo(text, err=True)
+
+    is_done = True
+    with stopped_by_signals() as stop, ExitStack() as stack:
+        compile_kernels(make, roimap, say)
+        if plane is not None:
+            there = _plane(plane, kafka_properties, secret_key, gateway_key, binds=False)
+            there.wait(stop)
+            is_done = repairing.backfill(
+                run,
+                file,
+                there,
+                make,
+                n_regions=regions,
+                saved=checkpoint,
+                checkpoint_every=checkpoint_every,
+                say=say,
+                stop=stop,
+            )
+        elif out is not None:
+            configuration = check(
+                {
+                    "source": {"address": str(file.path)},
+                    "qmap": str(qmap),
+                    "operators": {"multitau": {"delays_per_level": delays_per_level, "levels": levels}},
+                    "sinks": [sink for sink in (out, publish, *(documents or ())) if sink],
+                    "kafka_properties": kafka_properties and str(kafka_properties),
+                    **_for_proxies(secret_key, proxy_key),
+                }
+            )
+            memory = Path(f"{checkpoint}.documents") if checkpoint else None
+            sinks = sinks_of(configuration, roimap, ctx.obj, typer.echo, stop=stop, memory=memory)
+            is_done = backfill_result.recompute(
+                run,
+                file,
+                file_of(Path(out), replace(file.start, run=run)),
+                make,
+                [stack.enter_context(sink) for sink in sinks],
+                saved=checkpoint,
+                checkpoint_every=checkpoint_every,
+                publish_every=configuration.publish_every,
+                say=say,
+                stop=stop,
+            )
+    if not is_done:
+        typer.echo(f"run {run}: stopped before it was repaired", err=True)
+        raise typer.Exit(os.EX_TEMPFAIL)
 
 
 def _for_proxies(secret_key: Path | None, proxy_key: Path | None) -> dict[str, str | None]:
@@ -333,8 +504,8 @@ def _for_proxies(secret_key: Path | None, proxy_key: Path | None) -> dict[str, s
 
 def _operators(qmap: Path, delays_per_level: int, levels: int, threads: int | None) -> "tuple[Make, RoiMap]":
     """Return what makes the operators of a region, and the map."""
-    from stream.assembly import operators_of, there
-    from stream.config import check
+    from stream.config import check, there
+    from stream.correlators import operators_of
     from stream.operators.roimap_file import read
 
     document = {

@@ -1,8 +1,9 @@
 """Records that are kept in memory until they are safe elsewhere, and as long after as there is room."""
 
+import time
 import uuid
 from bisect import bisect_left
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import merge
@@ -12,6 +13,9 @@ from stream.wire import Buffer
 EACH = 512
 """Bytes that it takes to keep a record, besides its own."""
 
+MOST_RUNS = 200
+"""Of which it is known how many records were lost."""
+
 
 @dataclass(frozen=True, slots=True)
 class Kept:
@@ -20,6 +24,9 @@ class Kept:
     parts: Sequence[Buffer]
     n_bytes: int
     must_stay: bool
+    run: int
+    at: float
+    """When it came, `time.monotonic`."""
 
 
 class Ring:
@@ -43,11 +50,14 @@ class Ring:
         Records before it are not needed any more.
     lost
         How many went before they were safe.
+    lost_of
+        The same by the number of their run.
     """
 
     def __init__(self, n_bytes: int) -> None:
         self.name = uuid.uuid4().hex
         self.end = self.safe = self.lost = 0
+        self.lost_of: Counter[int] = Counter()
         self._room = n_bytes
         self._records: dict[int, Kept] = {}
         self._passing: deque[int] = deque()
@@ -62,9 +72,15 @@ class Ring:
             missing -= self._records[offset].n_bytes + EACH
         return True
 
-    def append(self, parts: Sequence[Buffer], *, must_stay: bool) -> None:
-        """Take a record, for which the oldest go."""
-        record = Kept(parts, sum(memoryview(part).nbytes for part in parts), must_stay)
+    @property
+    def unsafe(self) -> Kept | None:
+        """The oldest record that is there and not safe; None if all are safe."""
+        found = self.at(self.safe)
+        return found[1] if found is not None else None
+
+    def append(self, parts: Sequence[Buffer], *, must_stay: bool, run: int = 0) -> None:
+        """Take a record of a run that has a number, for which the oldest go."""
+        record = Kept(parts, sum(memoryview(part).nbytes for part in parts), must_stay, run, time.monotonic())
         self._room -= record.n_bytes + EACH
         while self._room < 0 and self._records:
             self._drop()
@@ -88,5 +104,10 @@ class Ring:
     def _drop(self) -> None:
         oldest = min((kept for kept in (self._passing, self._staying) if kept), key=lambda kept: kept[0])
         offset = (oldest if oldest[0] < self.safe else self._passing or self._staying).popleft()
-        self._room += self._records.pop(offset).n_bytes + EACH
-        self.lost += offset >= self.safe
+        gone = self._records.pop(offset)
+        self._room += gone.n_bytes + EACH
+        if offset >= self.safe:
+            self.lost += 1
+            self.lost_of[gone.run] += 1
+            while len(self.lost_of) > MOST_RUNS:
+                del self.lost_of[min(self.lost_of)]

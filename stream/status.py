@@ -129,8 +129,9 @@ class Status:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._is_closing = True
         self.say("gone")
+        self._is_closing = True  # only now: what is written last must say so
+        self._has_changed.set()
         if self._thread is not None:
             self._thread.join()
 

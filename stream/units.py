@@ -20,6 +20,8 @@ NAMES = {
 }
 """The units of this package and what is measured in them."""
 
+_PER_SECOND = {"ms": 1e3, "us": 1e6}
+
 # Narrower than what pint reads: it would raise 9**9**9**9 to its power.
 _FACTOR = r"[^\W\d_]+(?:\s*(?:\^|\*\*)\s*-?[1-9])?"
 _QUANTITY = re.compile(
@@ -43,8 +45,6 @@ def quantity(text: object, unit: str) -> float:
     ConfigError
         `text` has no unit, or is something else, or is not finite.
     """
-    import pint  # slow to import, and most commands need none
-
     name = NAMES[unit]
     not_one = ConfigError(f'"{text}" is not {name}; write e.g. "5 {unit}"')
     match = _QUANTITY.fullmatch(str(text))
@@ -53,11 +53,19 @@ def quantity(text: object, unit: str) -> float:
     if match["unit"] is None:
         raise ConfigError(f'"{text}" has no unit; {name} is written e.g. "{match["number"]} {unit}"')
     written = match["unit"].strip()
-    unit_of_text = f"1{written}" if written.startswith("/") else written
-    try:
-        value = float(_registry().Quantity(float(match["number"]), unit_of_text).to(unit).magnitude)
-    except pint.PintError:
-        raise not_one from None
+    number = float(match["number"])
+    if written == unit:
+        value = number
+    elif unit == "s" and written in _PER_SECOND:
+        value = number / _PER_SECOND[written]
+    else:
+        import pint  # it and its registry take 0.4 s, which a worker that starts has not
+
+        unit_of_text = f"1{written}" if written.startswith("/") else written
+        try:
+            value = float(_registry().Quantity(number, unit_of_text).to(unit).magnitude)
+        except pint.PintError:
+            raise not_one from None
     if not math.isfinite(value):
         raise ConfigError(f'"{text}" is not finite')
     return value

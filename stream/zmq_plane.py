@@ -60,5 +60,9 @@ class ZmqPlane:
         """Return all partial sums."""
         return HubResults(self._hub(), PARTIALS)
 
+    def n_logs(self) -> int:
+        """Return 1: all regions are in one."""
+        return 1
+
     def _hub(self) -> Address:
         return Address(self._address, self.beamline, self._keys if isinstance(self._keys, ClientKeys) else None)

@@ -45,6 +45,7 @@ class Bridge:
         self.name = f"b{uuid.uuid4().hex[:8]}"  # of others on the same scheduler nothing is known
         self.beamline = {"beamline": self.name, "sites": ["here"], "command": list(map(str, command)), **beamline}
         self.processes = []
+        self.may_have_jobs = True
 
     def up(self, *options):
         """Become the manager; returns once it answers."""
@@ -53,6 +54,7 @@ class Bridge:
 
     def up_again(self, *options):
         """Become the manager of what is held."""
+        self.may_have_jobs = True
         log = (self.folder / "manager.log").open("ab")
         process = subprocess.Popen(self.words("up", *options), stderr=log, cwd=self.folder)
         log.close()
@@ -62,7 +64,8 @@ class Bridge:
         return process
 
     def down(self):
-        return self.run("down")
+        self.run("down")
+        self.may_have_jobs = False
 
     def status(self):
         """What is told of the beamline; None without a manager."""
@@ -75,14 +78,14 @@ class Bridge:
         return [pilot for pilot in (self.status() or {"pilots": []})["pilots"] if pilot["state"] == state]
 
     def until_serving(self, n):
-        self.until(lambda: len(self.pilots()) == n)
-        return self.pilots()
+        return self.until(lambda: len(pilots := self.pilots()) == n and pilots)
 
     def until(self, is_so, deadline=DEADLINE):
         end = time.monotonic() + deadline
-        while not is_so():
+        while not (found := is_so()):
             assert time.monotonic() < end, f"{self.status()}\n{self.log()}"
             time.sleep(0.1)
+        return found
 
     def log(self):
         return (self.folder / "manager.log").read_text()
@@ -102,7 +105,7 @@ class Bridge:
         return file
 
     def close(self):
-        if self.state.exists():
+        if self.may_have_jobs and self.state.exists():
             self.run("down", check=False)
         for process in self.processes:
             process.kill()

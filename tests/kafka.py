@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from stream.broker import Broker
 from stream.errors import BrokerError
 
-DEADLINE = 30
+DEADLINE = 60
 
 
 def free_ports(n):

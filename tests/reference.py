@@ -140,3 +140,46 @@ def intensity(frames, static, *, came=None, saturation_value=None):
     here = present(frames, came, saturation_value) & (static > 0)
     known = np.flatnonzero(here.any(axis=1))
     return {"frame": known, "intensity": np.array([mean(frames[t], here[t]) for t in known])}
+
+
+def twotime(frames, static, dynamic_of_static, *, kept, levels, normalisation, came=None, saturation_value=None):
+    """Two-time correlation of frames (n, n_pixel), level after level; see `multitau` for the arguments.
+
+    Returns of each level a dict: first frame, frames per time, n_came (n_time,), c2 (n_dynamic, n_time, n_time).
+    """
+    n = len(frames)
+    came = np.ones(n, bool) if came is None else came
+    stays = first_bad(frames, came, saturation_value) == n
+    counts = np.where(came[:, None], frames, 0).astype(object)
+    out = []
+    for level in range(levels):
+        size = 2**level
+        n_time = min(kept, n // size)
+        first = n // size - n_time
+        span = slice(first * size, (first + n_time) * size)
+        c = counts[span].reshape(n_time, size, -1).sum(axis=1)
+        n_came = came[span].reshape(n_time, size).sum(axis=1)
+        c2 = []
+        for q in range(1, max(dynamic_of_static) + 1):
+            members = [b + 1 for b, of in enumerate(dynamic_of_static) if of == q]
+            groups = [[b] for b in members] if normalisation == "static" else [members]
+            pixels = [c[:, np.isin(static, group) & stays] for group in groups]
+            c2.append([[mean_correlation(pixels, i, j) for j in range(n_time)] for i in range(n_time)])
+        out.append({"first": first * size, "avg_frame": size, "n_came": n_came, "c2": np.array(c2, float)})
+        if first == 0:
+            break
+    return out
+
+
+def mean_correlation(pixels, i, j):
+    """<c(i) c(j)> / (<c(i)> <c(j)>) of each group of pixels (n_time, n_pixel), their mean weighted with pixels."""
+    values = [(ratio((c[i] * c[j]).sum() * c.shape[1], c[i].sum() * c[j].sum()), c.shape[1]) for c in pixels]
+    known = [(value, n) for value, n in values if np.isfinite(value)]
+    return ratio(sum(value * n for value, n in known), sum(n for _, n in known))
+
+
+def along_diagonals(c2):
+    """Mean of what is known of c2 (n_bin, n, n) at each delay, (n, n_bin)."""
+    n = c2.shape[1]
+    means = [[finite(np.array([c2[b, i, i + k] for i in range(n - k)])) for b in range(len(c2))] for k in range(n)]
+    return np.array([[v.mean() if len(v) else np.nan for v in row] for row in means]).reshape(n, len(c2))

@@ -15,7 +15,7 @@ import pytest
 
 from tests.kafka import free_ports
 
-DEADLINE = 30
+DEADLINE = 90
 
 NEEDED = ("slurmctld", "slurmd", "slurmdbd", "sacctmgr", "munged", "mariadbd", "mariadb-install-db", "setpriv")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(500)
 
 HERE = Path(__file__).parents[1]
 WORDS = re.compile(r"(?:the best of them|the agent chose): +([\d.]+) decades, off by ([\d.]+)%(?:, after (\d+) runs)?")

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.timeout(180)
 
 __all__ = ["engine"]
 
-DEADLINE = 20
+DEADLINE = 60
 N_FRAMES = 200
 
 

@@ -96,7 +96,7 @@ def test_a_plan_goes_on_when_the_process_is_gone_and_a_lost_stop_is_an_error(qma
             begin = time.monotonic()
             for each in documents("b"):
                 callback(*each)
-            assert time.monotonic() - begin < 1.0
+            assert time.monotonic() - begin < 5
             assert time.monotonic() < deadline
     assert "the process that correlates is gone (-9); the plan goes on" in caplog.text
 

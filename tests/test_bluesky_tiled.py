@@ -30,7 +30,7 @@ from tests.test_command_line import finished, started, xpcs_stream
 from tests.test_kill import frames, qmap
 from tests.tiled import DEADLINE, KEY, Network, Server
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 __all__ = ["frames", "qmap"]
 
@@ -148,9 +148,12 @@ def test_the_last_event_is_kept_once_though_the_answer_to_its_row_is_lost(server
     assert len(rows) == N_UPDATES + 1
 
 
-def test_a_server_that_is_killed_in_mid_run_and_started_again_has_the_whole_run(server, client, given):
+def test_a_server_that_is_killed_in_mid_run_and_started_again_has_the_whole_run(server, client, given, monkeypatch):
+    # After ten attempts in half a minute Tiled's client gives an update up; a busy machine starts a server more slowly.
+    monkeypatch.setattr("tiled.client.utils.TILED_RETRY_ATTEMPTS", 1000)
+    monkeypatch.setattr("tiled.client.utils.TILED_RETRY_TIMEOUT", DEADLINE)
     kept = Kept()
-    with bluesky.sink(kept, stores=[TiledDocuments(server.uri)]) as sink:
+    with bluesky.sink(kept, stores=[TiledDocuments(server.uri, timeout=DEADLINE)]) as sink:
         for output in given:
             sink.write(output)
             if is_update(output) and output.n_frames == 400:
@@ -242,7 +245,7 @@ def test_of_updates_a_slow_server_gets_the_newest_and_the_others_are_said(server
             begin = time.monotonic()
             for output in updates:
                 sink.write(output)
-            assert time.monotonic() - begin < 1
+            assert time.monotonic() - begin < 5
         write(sink, end)
     events = [each for each in kept.documents if each[0] == "event"]
     # The first was being written, and the last two are that of the last update and that of the end.
@@ -289,17 +292,18 @@ def test_a_server_that_is_gone_at_the_end_is_an_error_and_others_have_the_end(se
     with (
         Network(server) as network,
         suppress(KeyboardInterrupt),
-        bluesky.sink(kept, stores=[TiledDocuments(network.uri, timeout=2)]) as sink,
+        bluesky.sink(kept, stores=[publisher := TiledDocuments(network.uri)]) as sink,
     ):
         write(sink, given[:-1])
+        publisher._timeout = 2  # only now: a busy machine may take longer for what goes well
         network.loses = lambda *_: True
         begin = time.monotonic()
         with pytest.raises(SinkError, match=f"{network.uri}: Tiled did not take everything"):
             sink.write(given[-1])
-        assert time.monotonic() - begin < 10
+        assert time.monotonic() - begin < 30
         assert kept.documents[-1][0] == "stop"
         raise KeyboardInterrupt  # it does not wait again for so long
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 50  # not 60
 
 
 def test_a_sink_that_was_told_to_stop_does_not_wait_for_a_server(server, given):
@@ -312,7 +316,7 @@ def test_a_sink_that_was_told_to_stop_does_not_wait_for_a_server(server, given):
             begin = time.monotonic()
             with pytest.raises(SinkError, match="did not take everything"):
                 sink.write(given[-1])
-            assert time.monotonic() - begin < 5
+            assert time.monotonic() - begin < 20  # not 60
 
 
 def result_file(given, path):
@@ -364,7 +368,7 @@ def test_a_server_that_is_not_there_is_an_error_at_once():
     begin = time.monotonic()
     with pytest.raises(SinkError, match=r"http://127\.0\.0\.1:1: no Tiled server answers: .*refused"):
         TiledDocuments("http://127.0.0.1:1")
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 20  # not 45
 
 
 def test_the_key_is_never_logged(server, given, caplog):

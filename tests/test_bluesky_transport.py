@@ -32,7 +32,7 @@ from tests import bluesky, kafka
 from tests.bluesky import N_UPDATES, Kept, assert_valid
 from tests.kafka import free_ports
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 DEADLINE = 60
 HERE = Path(__file__).parents[1]
@@ -111,11 +111,11 @@ def test_a_broker_that_is_away_costs_time_only_for_what_must_not_be_lost(cut_off
     began = time.monotonic()
     for _ in range(100):
         patient.publish("run", "event", {"data": {}}, may_be_lost=True)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 2
     patient.publish("run", "stop", {}, may_be_lost=False)
     with pytest.raises(SinkError, match=r"stop of run run was not delivered|did not take everything"):
         patient.flush()
-    assert 2 < time.monotonic() - began < 8
+    assert 2 < time.monotonic() - began < 20
 
 
 def test_a_stopped_sink_does_not_wait_for_a_broker_that_is_away(cut_off):
@@ -125,7 +125,7 @@ def test_a_stopped_sink_does_not_wait_for_a_broker_that_is_away(cut_off):
     began = time.monotonic()
     with pytest.raises(SinkError, match="stopped while Kafka had not taken everything"):
         publisher.flush()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30  # not 60
 
 
 def go(bootstrap, topic, memory, n):
@@ -252,7 +252,7 @@ def test_a_dispatcher_receives_what_has_its_prefix():
 
 def test_the_first_document_after_connecting_reaches_the_proxy():
     into = f"tcp://127.0.0.1:{free_ports(1)[0]}"
-    came = []
+    came, is_sent = [], threading.Event()
 
     def receive():
         with zmq.Context() as context, context.socket(zmq.SUB) as receiver:
@@ -260,12 +260,14 @@ def test_the_first_document_after_connecting_reaches_the_proxy():
             receiver.bind(into)
             if receiver.poll(1000 * DEADLINE):
                 came.append(unframe(receiver.recv()))
+            is_sent.wait(DEADLINE)  # else nobody would be there for the second one
 
     late = threading.Timer(0.3, receive)
     late.start()
     with ZmqDocuments(into) as publisher:
         publisher.publish("run", "start", {"uid": "1"}, may_be_lost=False)
         publisher.publish("run", "stop", {"uid": "2"}, may_be_lost=False)
+        is_sent.set()
         late.join()
     assert came == [(b"", "start", {"uid": "1"})]
 
@@ -306,14 +308,14 @@ def wait_for(condition):
 
 
 def test_a_proxy_that_is_not_there_costs_time_only_for_what_must_not_be_lost():
-    with ZmqDocuments(f"tcp://127.0.0.1:{free_ports(1)[0]}", timeout=0.5) as publisher:
+    with ZmqDocuments(f"tcp://127.0.0.1:{free_ports(1)[0]}", timeout=2) as publisher:
         began = time.monotonic()
         with pytest.raises(SinkError, match="nobody took event of run r"):
             publisher.publish("r", "event", {}, may_be_lost=True)
-        assert time.monotonic() - began < 0.3
+        assert time.monotonic() - began < 1
         with pytest.raises(SinkError, match="nobody took stop of run r"):
             publisher.publish("r", "stop", {}, may_be_lost=False)
-        assert 0.5 <= time.monotonic() - began < 2
+        assert 2 <= time.monotonic() - began < 20
 
 
 def test_a_proxy_with_keys_takes_those_it_knows_only(tmp_path):

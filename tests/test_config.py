@@ -64,6 +64,8 @@ def test_the_defaults_are_those_of_the_example_file():
         {"checkpoint": {"path": "c", "every": "1 min"}, "publish_every": "123.456789012 ms", "threads": 3},
         {"source": {"address": "f.h5", "frame_time": "0.1 us", "batch": 7}, "sinks": ["{run}.h5"]},
         {"operators": {"multitau": {"error": "pixel"}, "scattering": False}},
+        {"operators": {"twotime": {}}},
+        {"operators": {"twotime": {"frames": 100, "bins": [4, 1], "normalisation": "static", "memory_gib": 0.5}}},
         {"source": {"address": "x.bin", "frame_time": "20 us", "batch": 512, "metadata": "y.hdf"}},
     ],
 )
@@ -97,6 +99,10 @@ def test_what_is_missing_is_named_with_the_line_of_its_section(refused):
         ("publish_every: 5", 'publish_every: "5" has no unit; a time is written e.g. "5 s"'),
         ("publish_every: 0 s", 'publish_every: "0 s" is not above 0'),
         ("operators: {multitau: {error: both}}", "operators.multitau.error: \"both\" should be 'static' or 'pixel'"),
+        (
+            "operators: {twotime: {frames: 1}}",
+            "operators.twotime.frames: 1 should be greater than or equal to 2",
+        ),
         ("operators: {multitau: {levels: 29}}", "operators.multitau.levels: 29 should be less than or equal to 28"),
         (
             "operators: [multitau]",

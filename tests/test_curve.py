@@ -19,10 +19,11 @@ from stream.ingest.hub import HubSource
 from stream.serving import Serving
 from stream.sinks.hub import HubSink
 from stream.wire import encode
+from tests.kafka import free_ports
 from tests.test_hub import Network, read
 from tests.test_zmq import ANYWHERE, start, stop, whats
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 LOG = frames_log(0)
 
@@ -143,7 +144,7 @@ def refused(where, says):
         began = time.monotonic()
         with pytest.raises((SourceError, SinkError), match=says):
             use()
-        assert time.monotonic() - began < 8
+        assert time.monotonic() - began < 60  # not 300
 
 
 def wait_for_a_frame(where):
@@ -180,8 +181,7 @@ def test_with_keys_a_gateway_that_has_none_is_not_trusted(keys):
 
 
 def test_a_gateway_that_is_away_is_waited_for_with_keys_too(keys):
-    with opened(keys.of_gateway()) as hub:
-        address = hub.address
+    address = f"tcp://127.0.0.1:{free_ports(1)[0]}"
     with HubSource(Address(address, "beamline", keys.of("node")), LOG) as source:
         stream = iter(source)
         began = time.monotonic()

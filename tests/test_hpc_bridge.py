@@ -6,7 +6,7 @@ import random
 import signal
 import time
 import uuid
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 
 import pytest
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(400)
 __all__ = ["frames", "qmap"]
 
 CYCLES = int(os.environ.get("HPC_BRIDGE_CYCLES", "4"))
-"""Of up and down with faults. 200 take an hour: once in a while."""
+"""Of up and down with faults, here, and a sixth as many on Slurm. 200 take an hour: once in a while."""
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +173,11 @@ def test_what_a_run_cost_is_what_slurm_accounts(on_slurm):
     assert told["differences"] == []
 
 
-def test_a_site_that_can_be_used_is_proved_and_what_cannot_be_reached_is_said(on_slurm, broker, tmp_path):
+@pytest.mark.parametrize("dials", ["pilots", "manager"])
+def test_a_site_that_can_be_used_is_proved_and_what_cannot_be_reached_is_said(on_slurm, broker, tmp_path, dials):
     bridge = on_slurm(stand_in(), nodes=1, max_nodes=1)
+    if dials == "manager":
+        bridge.site["heartbeats"] = {"dials": "manager", "every": "0.5 s", "lost_after": "3 s"}
     files = (bridge.write("site.yaml", bridge.site), "--beamline", bridge.write("beamline.yaml", bridge.beamline))
     command = ("--run", "xpcs-stream --help", "--writable", tmp_path / "checkpoints")
     well = bridge.run("check", *files, *command, "--reach", broker.bootstrap, check=False)
@@ -186,16 +189,25 @@ def test_a_site_that_can_be_used_is_proved_and_what_cannot_be_reached_is_said(on
     assert "Connection refused" in failed
 
 
-def test_again_and_again_up_and_down_with_faults_leaves_no_job_and_no_lease(tmp_path):
+@pytest.mark.timeout(300 + 120 * CYCLES)
+@pytest.mark.parametrize(("scheduler", "cycles"), [("local", CYCLES), ("slurm", -(-CYCLES // 6))])
+def test_again_and_again_up_and_down_with_faults_leaves_no_job_and_no_lease(scheduler, cycles, request, tmp_path):
     dice = random.Random(11)
-    with closing(Bridge(tmp_path, stand_in(), nodes=2, max_nodes=3, spares=1)) as bridge:
+    with ExitStack() as stack:
+        slurm, options = None, {}
+        if scheduler == "slurm":
+            slurm = request.getfixturevalue("slurm")
+            stack.callback(slurm.clear)
+            options = {"scheduler": "slurm", "through": slurm.through}
+        bridge = stack.enter_context(closing(Bridge(tmp_path, stand_in(), nodes=2, max_nodes=3, spares=1, **options)))
         address = bridge.site["heartbeats"]["address"]
-        for _ in range(CYCLES):
+        for _ in range(cycles):
             manager = bridge.up()
             bridge.until(bridge.pilots)
             for fault in dice.choices(["a pilot", "the manager", "nothing"], k=2):
                 if fault == "a pilot":
-                    os.kill(dice.choice(processes(f"--manager {address}")), signal.SIGKILL)
+                    with suppress(ProcessLookupError):  # one of them may end with another
+                        os.kill(dice.choice(processes(f"--manager {address}")), signal.SIGKILL)
                 elif fault == "the manager":
                     manager.kill()
                     manager.wait()
@@ -203,5 +215,6 @@ def test_again_and_again_up_and_down_with_faults_leaves_no_job_and_no_lease(tmp_
             bridge.down()
             assert manager.wait(30) == 0
             assert processes(f"--manager {address}") == []
+            assert slurm is None or there(slurm) == set()
             with Leases.look(bridge.state / "leases.sqlite") as leases:
                 assert leases.open_leases() == []

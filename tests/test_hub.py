@@ -27,12 +27,13 @@ from stream.sinks import hub as sinks_hub
 from stream.sinks.hub import HubFrames, HubSink
 from stream.wire import encode
 from tests import hostile
+from tests.kafka import free_ports
 from tests.test_zmq import ANYWHERE, batch, result, start, stop, what, whats
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 LOG = frames_log(0)
-DEADLINE = 20
+DEADLINE = 60
 MEGABYTE = 2**20
 
 
@@ -111,11 +112,10 @@ class Raw:
                 return said
         return None
 
-    def records(self, within=0.5):
-        """What comes until nothing comes any more."""
-        records = []
-        while (record := self.hear(Record, within)) is not None:
-            records.append(record)
+    def records(self, n):
+        """So many, behind which nothing comes."""
+        records = [self.hear(Record) for _ in range(n)]
+        assert self.hear(Record, within=0.3) is None
         return records
 
 
@@ -247,6 +247,8 @@ def test_results_of_many_workers_arrive_each_in_order():
         for n in range(50):
             for region, sink in enumerate(sinks):
                 sink.write(result(n, region=region))
+        for sink in sinks:
+            sink.flush()
         with HubResults(at(hub), PARTIALS) as source:
             came = read(source, 150)
     for region in range(3):
@@ -311,7 +313,7 @@ def test_none_comes_while_nothing_does():
     with opened() as hub, HubSource(at(hub), LOG) as source:
         began = time.monotonic()
         assert next(iter(source)) is None
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 5
 
 
 def test_a_reader_that_stalls_is_sent_its_window_and_others_get_everything_meanwhile(raw):
@@ -321,7 +323,7 @@ def test_a_reader_that_stalls_is_sent_its_window_and_others_get_everything_meanw
         n_bytes = sum(len(bytes(part)) for part in encode(large(0))) + OVERHEAD
         stalled.read(0, window=5 * n_bytes + n_bytes // 2)
         assert len(read(source, 20)) == 20
-        assert [record.offset for record in stalled.records()] == [0, 1, 2, 3, 4]
+        assert [record.offset for record in stalled.records(5)] == [0, 1, 2, 3, 4]
 
 
 def test_a_window_moves_with_what_was_read_and_one_record_always_fits(raw):
@@ -329,8 +331,8 @@ def test_a_window_moves_with_what_was_read_and_one_record_always_fits(raw):
         put_into(hub, *(large(i) for i in range(4)))
         reader = raw(hub)
         reader.read(0, window=1)
-        first = reader.hear(Record)
-        assert (first.offset, reader.records(0.2)) == (0, [])
+        (first,) = reader.records(1)
+        assert first.offset == 0
         reader.read(1, ring=first.ring, window=1)
         assert reader.hear(Record).offset == 1
 
@@ -341,7 +343,7 @@ def test_a_window_bounds_the_number_of_small_records_too(raw):
             hub.append(LOG, [b"", b"", b""], must_stay=False)
         reader = raw(hub)
         reader.read(0, window=10 * OVERHEAD)
-        assert len(reader.records()) == 10
+        assert [record.offset for record in reader.records(10)] == list(range(10))
 
 
 def test_a_reader_that_missed_something_is_sent_it_once_more(raw):
@@ -349,9 +351,9 @@ def test_a_reader_that_missed_something_is_sent_it_once_more(raw):
         put_into(hub, *(batch(i) for i in range(5)))
         reader = raw(hub)
         reader.read(0)
-        first, *_ = reader.records()
+        first, *_ = reader.records(5)
         reader.read(2, ring=first.ring, again=True)
-        assert [(record.follows, record.offset) for record in reader.records()] == [(2, 2), (3, 3), (4, 4)]
+        assert [(record.follows, record.offset) for record in reader.records(3)] == [(2, 2), (3, 3), (4, 4)]
 
 
 def test_a_reader_that_is_silent_for_long_gets_nothing_beyond_its_window(raw, monkeypatch):
@@ -360,11 +362,9 @@ def test_a_reader_that_is_silent_for_long_gets_nothing_beyond_its_window(raw, mo
         for _ in range(100):
             here.append(LOG, [b"", b"", b""], must_stay=False)
         reader = raw(here)
-        n_records = 0
-        for _ in range(3):
+        for n_records in (10, 0, 0):
             reader.read(0, window=10 * OVERHEAD)
-            n_records += len(reader.records(0.3))
-        assert n_records == 10
+            reader.records(n_records)
 
 
 def test_a_reader_that_is_gone_is_forgotten(raw, monkeypatch):
@@ -489,14 +489,13 @@ def test_a_connection_that_breaks_again_and_again_makes_frames_come_neither_twic
     assert whats(taken) == whats(run)
 
 
-def test_a_hub_that_comes_in_the_place_of_another_is_read_from_its_beginning(caplog):
-    with opened() as hub:
+def test_a_hub_that_comes_in_the_place_of_another_is_read_from_its_beginning(free_address, caplog):
+    with opened(free_address) as hub:
         put_into(hub, *(batch(i) for i in range(5)))
         source = HubSource(at(hub), LOG)
         read(source, 5)
         position = source.position()
-        address = hub.address
-    with source, opened(address) as hub:
+    with source, opened(free_address) as hub:
         put_into(hub, batch(100), batch(101))
         assert whats(read(source, 2)) == whats([batch(100), batch(101)])
         assert list(source.position().values()) == [2]
@@ -526,8 +525,7 @@ def test_a_hub_that_is_not_there_yet_is_waited_for(free_address):
 
 @pytest.fixture
 def free_address():
-    with opened() as hub:
-        return hub.address
+    return f"tcp://127.0.0.1:{free_ports(1)[0]}"
 
 
 def n_frames_in(hub, n):
@@ -605,7 +603,7 @@ def test_while_the_hub_is_away_interim_results_are_dropped_and_final_ones_are_wa
         began = time.monotonic()
         with pytest.raises(SinkError, match="stopped while the gateway had not taken everything"):
             sink.write(final(0, size=1000))
-        assert 2 < time.monotonic() - began < 4
+        assert 2 < time.monotonic() - began < 20  # not 300
         with opened(free_address) as hub:
             sink.write(final(1000, size=1000))
             sink.flush()
@@ -628,7 +626,7 @@ def test_closing_a_sink_after_an_error_does_not_wait_for_long(free_address, capl
     sink.write(final(0))
     with pytest.raises(SinkError, match="run = ''"), sink:
         sink.write(stop(run=""))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20  # not 300
     assert "the gateway did not take everything in 0.5 s" in caplog.text
 
 
@@ -648,12 +646,11 @@ def test_an_address_in_use_is_named():
         Hub(hub.address, "beamline", 1, ring_bytes=1)
 
 
-def test_a_closed_hub_leaves_no_thread_and_frees_its_address():
+def test_a_closed_hub_leaves_no_thread_and_frees_its_address(free_address):
     before = threading.active_count()
-    with opened() as hub:
-        pass
-    with opened(hub.address):
-        pass
+    for _ in range(2):
+        with opened(free_address):
+            pass
     assert threading.active_count() == before
 
 
@@ -663,7 +660,7 @@ def test_a_hub_closes_though_somebody_always_wants_more(raw):
         for _ in range(5):
             raw(hub).read(0)
         began = time.monotonic()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5
 
 
 def test_clients_of_another_beamline_are_told_so():

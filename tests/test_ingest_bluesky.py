@@ -49,9 +49,9 @@ from tests.test_bluesky_runs import documents as made_up
 from tests.test_bluesky_runs import eiger
 from tests.test_command_line import finished, started, xpcs_stream
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
-DEADLINE = 30
+DEADLINE = 60
 FRAME_TIME = 0.02
 
 

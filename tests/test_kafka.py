@@ -29,7 +29,7 @@ from tests import hostile, kafka
 from tests.conftest import chunks_of, events_of, make_roimap
 from tests.kafka import PASSWORD, USER
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 DEADLINE = 60
 SHAPE = (6, 50)
@@ -453,7 +453,7 @@ def test_an_unknown_topic_is_told_at_once(broker):
         began = time.monotonic()
         with pytest.raises(refused, match=f"kafka://{broker.bootstrap}/nobody-made-it: .*Unknown topic"):
             use()
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15  # not 30
 
 
 def test_a_broker_that_never_answers_is_named():
@@ -489,7 +489,7 @@ def test_an_interim_result_that_does_not_arrive_is_told_and_the_final_one_still_
 
 def test_without_kafka_a_sink_fails_after_its_timeout_and_soon_once_it_is_stopped(broker, topic):
     told = threading.Event()
-    late = KafkaSink(broker.bootstrap, topic, timeout=1)
+    late = KafkaSink(broker.bootstrap, topic, timeout=4)
     stopped = KafkaSink(broker.bootstrap, topic, stop=told)
     broker.stop()
     try:
@@ -504,7 +504,7 @@ def test_without_kafka_a_sink_fails_after_its_timeout_and_soon_once_it_is_stoppe
         for fails in (stopped.flush, lambda: stopped.__exit__(None, None, None)):
             with pytest.raises(SinkError, match="stopped while Kafka had not taken everything"):
                 fails()
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30  # not 300
     finally:
         broker.start()
 
@@ -578,7 +578,7 @@ def test_a_wrong_password_names_the_user_and_nowhere_the_password(doors, tmp_pat
         began = time.monotonic()
         with pytest.raises(refused, match=f"{USER} cannot log in: .*invalid credentials") as error:
             use()
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 20  # not 30
         assert "hunter2" not in str(error.value)
     assert "SASL" in caplog.text
     assert "hunter2" not in caplog.text

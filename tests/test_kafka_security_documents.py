@@ -16,7 +16,7 @@ from tests.test_command_line import finished, started
 from tests.test_kill import frames, free, qmap
 from tests.test_proxy_keys import written
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 __all__ = ["frames", "qmap"]
 

@@ -3,16 +3,22 @@
 import json
 import os
 import signal
+import socket
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Event
 
 import pytest
 import yaml
 
 from hpc_bridge.config import Site
+from hpc_bridge.control import NoManager, ask
 from hpc_bridge.desk import Desk
+from stream.curve import make
 from stream.sinks.bluesky_zmq import ZmqDocuments
 from tests.bridge import HERE, Bridge, processes, stand_in
 from tests.kafka import free_ports
@@ -115,14 +121,76 @@ def test_pilots_whose_manager_is_gone_for_good_end_by_themselves(bridge_of):
     bridge.until(lambda: not processes(f"--manager {bridge.site['heartbeats']['address']}"))
 
 
-def test_a_manager_that_ends_leaves_its_pilots_to_the_next_one(bridge_of):
+def with_keys(folder, heartbeats, dials):
+    """Return what a site says of heartbeats that go this way, with keys."""
+    for name in ("manager", "pilot"):
+        make(folder / "keys", name)
+    (folder / "keys/allowed").mkdir()
+    (folder / "keys/allowed/pilot.key").write_bytes((folder / "keys/pilot.key").read_bytes())
+    files = {"secret_key": "manager.key_secret", "manager_key": "manager.key", "pilot_secret_key": "pilot.key_secret"}
+    told = {name: str(folder / "keys" / file) for name, file in (files | {"allowed": "allowed"}).items()}
+    way = {name: heartbeats[name] for name in ("bind", "address") if dials == "pilots"}
+    times = {name: heartbeats[name] for name in ("every", "lost_after")}
+    return {"dials": dials, **told, **way, **times}
+
+
+@pytest.mark.parametrize("dials", ["pilots", "manager"])
+def test_a_manager_that_ends_leaves_its_pilots_to_the_next_one(bridge_of, dials):
     bridge = bridge_of(stand_in(), nodes=2, max_nodes=2)
+    bridge.site["heartbeats"] = with_keys(bridge.folder, bridge.site["heartbeats"], dials)
     manager = bridge.up()
     before = {pilot["lease"] for pilot in bridge.until_serving(2)}
     manager.terminate()
     assert manager.wait(30) == 0
     bridge.up()
     assert {pilot["lease"] for pilot in bridge.until_serving(2)} == before
+
+
+@pytest.mark.parametrize("dials", ["pilots", "manager"])
+def test_whoever_dials_a_pilot_that_is_lost_is_replaced_and_at_the_end_nothing_is_left(bridge_of, dials):
+    bridge = bridge_of(stand_in(), nodes=2, max_nodes=3)
+    bridge.site["heartbeats"] = with_keys(bridge.folder, bridge.site["heartbeats"], dials)
+    bridge.up()
+    lost, left = bridge.until_serving(2)
+    for process in processes(f"--lease {lost['lease']}"):
+        with suppress(ProcessLookupError):  # one of them may end with another
+            os.kill(process, signal.SIGKILL)
+    bridge.until(lambda: {pilot["lease"] for pilot in bridge.pilots()} - {lost["lease"], left["lease"]})
+    bridge.until_serving(2)
+    bridge.down()
+    assert list((bridge.folder / "jobs").glob("*.address*")) == []
+    assert processes(f"--lease {left['lease']}") == []
+
+
+@pytest.mark.parametrize(
+    ("dials", "told"), [("pilots", "pilots dial tcp://127.0.0.1:"), ("manager", "the manager dials pilots")]
+)
+def test_a_site_is_proved_in_the_direction_in_which_it_dials(bridge_of, dials, told):
+    bridge = bridge_of(stand_in(), nodes=1, max_nodes=1)
+    bridge.site["heartbeats"] = with_keys(bridge.folder, bridge.site["heartbeats"], dials)
+    files = (bridge.write("site.yaml", bridge.site), "--beamline", bridge.write("beamline.yaml", bridge.beamline))
+    done = bridge.run("check", *files, "--run", "echo well", check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert told in done.stdout
+    assert "its node is heard of" in done.stdout
+    assert list((bridge.folder / "jobs").glob("*.address*")) == []
+
+
+@pytest.mark.parametrize(
+    ("heartbeats", "words"),
+    [
+        ({"bind": "tcp://127.0.0.1:5570"}, "pilots dial: bind, where the manager listens, and address"),
+        ({"dials": "manager", "address": "tcp://here:5570"}, "the manager dials: bind and address are for pilots"),
+        ({"dials": "nobody"}, "heartbeats.dials: Input should be 'pilots' or 'manager'"),
+        ({"dials": "manager", "listen": "tcp://hsn0:5570"}, "heartbeats.listen: String should match"),
+    ],
+)
+def test_who_dials_is_said_unmistakably(bridge_of, heartbeats, words):
+    bridge = bridge_of(stand_in(), nodes=1, max_nodes=1, site={"heartbeats": heartbeats})
+    files = (bridge.write("beamline.yaml", bridge.beamline), "--site", bridge.write("site.yaml", bridge.site))
+    done = bridge.run("up", *files, check=False)
+    assert done.returncode == 1
+    assert words in done.stderr
 
 
 def test_in_the_background_it_is_the_same(bridge_of):
@@ -236,6 +304,37 @@ def test_two_sites_that_share_an_address_share_its_keys(bridge_of, tmp_path):
     assert done.returncode == 1
     assert "share" in done.stderr
     assert "and not its keys" in done.stderr
+
+
+def test_a_scheduler_that_hangs_does_not_keep_a_manager_from_ending():
+    done = Event()
+
+    class Hangs:
+        def list(self, prefixes):
+            done.wait()
+
+    document = yaml.safe_load(Path("docs/site.example.yaml").read_text()) | {"command_timeout": 0.1}
+    desk = Desk(Site(**document), Hangs(), SimpleQueue())
+    desk.list()
+    began = time.monotonic()
+    desk.close()
+    done.set()
+    assert time.monotonic() - began < 5
+
+
+def test_a_manager_that_ends_before_it_answers_is_none(tmp_path):
+    with socket.socket(socket.AF_UNIX) as manager, ThreadPoolExecutor(1) as executor:
+        manager.bind(str(tmp_path / "control"))
+        manager.listen()
+        told = executor.submit(ask, tmp_path, {"do": "status"}, within=60)
+        for _ in range(2):  # once to look whether it is there, and once to ask
+            manager.accept()[0].close()
+        manager.close()
+        (tmp_path / "control").unlink()
+        began = time.monotonic()
+        with pytest.raises(NoManager):
+            told.result(30)
+        assert time.monotonic() - began < 20
 
 
 def test_what_goes_wrong_in_a_scheduler_is_an_answer_too(tmp_path):

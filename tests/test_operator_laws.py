@@ -11,6 +11,7 @@ from stream.operators.intensity import Intensity
 from stream.operators.multitau import MultiTau
 from stream.operators.roimap import RoiMap
 from stream.operators.scattering import Scattering
+from stream.operators.twotime import TwoTime
 from tests.conftest import events_of, make_roimap, make_start
 from tests.conftest import push as push_frames
 
@@ -22,7 +23,17 @@ def multitau_per_pixel(start, roimap, **options):
     return MultiTau(start, roimap, error="pixel", **options)
 
 
-every_operator = pytest.mark.parametrize("make", [MultiTau, multitau_per_pixel, Scattering, Intensity])
+def twotime(start, roimap, **options):
+    return TwoTime(start, roimap, frames=16, levels=4, **options)
+
+
+def twotime_per_static_bin(start, roimap, **options):
+    return twotime(start, roimap, normalisation="static", bins=[2, 1], **options)
+
+
+every_operator = pytest.mark.parametrize(
+    "make", [MultiTau, multitau_per_pixel, Scattering, Intensity, twotime, twotime_per_static_bin]
+)
 
 
 class Mixed:
@@ -165,11 +176,14 @@ def test_regions_that_lost_different_frames_merge(make, seed):
     lower.merge(upper)
     assert lower.n_frames == max(n_frames)
     merged = lower.result()
-    if "g2" in merged and n_frames[0] == max(n_frames):
+    if "G2" in merged and n_frames[0] == max(n_frames):
         for name in ("G2", "IP", "IF", "g2"):
             half = merged[name].shape[1] // 2
             np.testing.assert_array_equal(merged[name][:, :half], alone[name][:, :half])
         assert (merged["n_pairs"] <= alone["n_pairs"]).all()
+    if "c2" in merged and n_frames[0] == max(n_frames):
+        np.testing.assert_array_equal(merged["c2"][:, :1], alone["c2"][:, :1])
+        assert (merged["n_came"] <= alone["n_came"]).all()
     if "scattering_1d" in merged:
         np.testing.assert_array_equal(merged["scattering_1d"][:2], alone["scattering_1d"][:2])
 
@@ -182,13 +196,15 @@ def test_asking_for_a_result_changes_nothing(make, stream):
     for span in spans:
         push(asked, frames, [span])
         asked.result()
-    assert_same(asked.snapshot(), push(make(start, ROIMAP), frames, spans).snapshot())
+    unasked = push(make(start, ROIMAP), frames, spans)
+    assert_same(asked.snapshot(), unasked.snapshot())
+    assert_same(asked.result(), unasked.result())
 
 
 @every_operator
 def test_a_result_before_the_first_frame_has_no_values_and_is_no_error(make):
     for name, array in make(make_start(SHAPE), ROIMAP).result().items():
-        assert name == "origin" or not np.isfinite(array).any()
+        assert name in ("origin", "bins") or not np.isfinite(array).any()
 
 
 @every_operator

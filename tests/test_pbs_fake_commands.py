@@ -155,7 +155,7 @@ def test_a_command_that_hangs_is_left_in_time(fake, tmp_path):
     before = time.monotonic()
     with pytest.raises(SchedulerUnreachable, match="may have been heard"):
         Pbs(tmp_path, submit_through=fake.through, timeout=1.0).status(["1.pbs"])
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - before < 20
 
 
 def test_a_command_ends_itself_in_time_where_it_cannot_be_killed_from_here(fake, tmp_path):

@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import zmq
 
+from hpc_bridge import hearing as hearing_module
 from hpc_bridge import line as line_module
 from hpc_bridge.curve import ManagerKeys, PilotKeys
+from hpc_bridge.dialing import announced, file_of
 from hpc_bridge.hearing import Hearing
 from hpc_bridge.heartbeat import Answer, Do, State, pack
-from hpc_bridge.line import Line
+from hpc_bridge.line import Awaited, Line
 from hpc_bridge.status_file import StatusFile
 from stream.curve import make
 from tests.plane import REGIONS, Plane
@@ -64,6 +66,8 @@ for line in sys.stdin if sys.argv[3:] == ["stdin"] else open(sys.argv[3]): tell(
 class Manager(Hearing):
     """Says the same to all pilots."""
 
+    file = None
+
     def __init__(self, address="tcp://127.0.0.1:*", **options):
         self.do = Do.GO_ON, ""
         self.beats = []
@@ -73,6 +77,7 @@ class Manager(Hearing):
         """Return the first heartbeat from now on that is wanted."""
         deadline = time.monotonic() + DEADLINE
         while time.monotonic() < deadline:
+            self.go()
             found = [each.heartbeat for each in self.poll(0.05)]
             self.beats += found
             for beat in found:
@@ -80,10 +85,17 @@ class Manager(Hearing):
                     return beat
         raise AssertionError(f"it did not come about: {self.beats}")
 
+    def go(self):
+        """Dial whom a file tells of, if it is us who dial."""
+        if self.file is not None:
+            address = announced(self.file)
+            self.dial({} if address is None else {LEASE: address})
+
     def until_ended(self, pilot, meanwhile=lambda: None):
         """Return the last heartbeat of a pilot, and what it wrote to standard error."""
         while pilot.poll() is None:
             meanwhile()
+            self.go()
             self.beats += [each.heartbeat for each in self.poll(0.02)]
         self.beats += [each.heartbeat for each in self.poll(0)]
         return self.beats[-1], pilot.communicate(timeout=DEADLINE)[1]
@@ -107,7 +119,8 @@ def start(tmp_path):
         def start(address, *command, options=(), every=0.05, lease=LEASE):
             folder = tmp_path / "tmp"
             folder.mkdir(exist_ok=True)
-            told = ["--lease", lease, "--manager", address, "--every", every, *options, "--", *command]
+            way = ("--manager", address) if isinstance(address, str) else ("--announce", address)
+            told = ["--lease", lease, *way, "--every", every, *options, "--", *command]
             pilot = subprocess.Popen(
                 [sys.executable, "-m", "hpc_bridge", "pilot", *map(str, told)],
                 env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)},
@@ -348,6 +361,79 @@ def test_one_whose_key_is_not_known_knows_why_it_is_not_heard_and_is_heard_once_
         line.wait(DEADLINE)
         assert line.hear()
         assert not line.trouble
+
+
+@pytest.fixture
+def dialling(tmp_path, keys):
+    """A manager, with keys, that goes to its pilots, and what these are given."""
+    with Manager(None, keys=ManagerKeys.read(keys / "manager.key_secret", keys / "allowed")) as manager:
+        manager.file = file_of(tmp_path, LEASE)
+        yield manager, ["--secret-key", keys / "pilot.key_secret", "--manager-key", keys / "manager.key"]
+
+
+def test_a_pilot_that_is_dialled_is_heard_and_heeds_and_leaves_no_file(start, dialling):
+    manager, options = dialling
+    pilot = start(manager.file, *FOREVER, options=options)
+    manager.until(serving)
+    manager.do = Do.DRAIN, "nobody needs it"
+    last, _ = manager.until_ended(pilot)
+    assert (last.state, pilot.returncode) == (State.ENDED, 0)
+    assert not manager.file.exists()
+
+
+def test_one_that_is_started_again_elsewhere_is_dialled_there(start, dialling):
+    manager, options = dialling
+    first = start(manager.file, *FOREVER, options=options)
+    manager.until(serving)
+    first.kill()
+    second = start(manager.file, *FOREVER, options=options)
+    manager.until(lambda beat: beat.pid == second.pid)
+
+
+def test_one_that_nobody_dials_goes_by_itself_and_says_so(start, dialling):
+    manager, options = dialling
+    pilot = start(manager.file, *FOREVER, options=[*options, "--alone", "0.5"])
+    _, said = pilot.communicate(timeout=DEADLINE)
+    assert pilot.returncode == 0
+    assert f"the manager that reads {manager.file} was not heard of for 0.5 s" in said
+
+
+def test_another_manager_may_dial_once_the_first_is_gone(start, dialling, keys):
+    manager, options = dialling
+    start(manager.file, *FOREVER, options=options)
+    manager.until(serving)
+    manager.close()
+    with Manager(None, keys=ManagerKeys.read(keys / "manager.key_secret", keys / "allowed")) as after:
+        after.file = manager.file
+        after.until(serving)
+
+
+def test_one_whose_key_is_not_known_is_heard_once_it_is_known_when_it_is_dialled_too(dialling, keys, monkeypatch):
+    monkeypatch.setattr(line_module, "ANEW", 0.3)
+    monkeypatch.setattr(hearing_module, "ANEW", 0.3)
+    manager, _ = dialling
+    ours = PilotKeys.read(keys / "stranger.key_secret", keys / "manager.key")
+    with Line(Awaited("tcp://127.0.0.1", manager.file), LEASE, ours) as line:
+        deadline = time.monotonic() + DEADLINE
+        while not line.trouble and time.monotonic() < deadline:
+            manager.go()
+            assert not manager.poll(0.05)
+            line.hear()
+        assert line.trouble == "it does not know our key"
+        allow(keys, "stranger")
+        while not manager.poll(0.05) and time.monotonic() < deadline:
+            manager.go()
+            line.hear()
+            line.say(State.SERVING)
+        line.wait(DEADLINE)
+        assert line.hear()
+
+
+def test_a_pilot_listens_on_the_interface_that_it_is_told(start, manager, tmp_path):
+    manager.file = file_of(tmp_path, LEASE)
+    start(manager.file, *FOREVER, options=["--listen", "tcp://lo"])
+    manager.until(serving)
+    assert announced(manager.file).startswith("tcp://127.0.0.1:")
 
 
 def test_options_that_do_not_go_together_are_refused(start, manager, keys):

@@ -71,6 +71,19 @@ def test_what_is_ordered_is_on_record_with_all_that_its_job_needs(leases):
     assert (lease.walltime, lease.stage, lease.created) == (600.0, Stage.SUBMITTING, NOW)
 
 
+def test_when_the_clock_is_set_back_nobody_is_lost_and_what_is_seen_from_then_on_counts(pool, leases):
+    lease = served(pool, leases)
+    assert pool.orders(NOW + 3, 1) == []
+    then = NOW - 500
+    assert pool.orders(then, 1) == []
+    pool.listed("near", then + 1, [job(lease)])
+    assert states(pool, then + 1) == [State.STARTING]
+    pool.heard(heartbeat(lease.lease, at=then + 2, began=then - 60))
+    assert states(pool, then + 2) == [State.SERVING]
+    silent = then + 3 + NEAR.heartbeats.lost_after.total_seconds()
+    assert states(pool, silent) == [State.SILENT]
+
+
 def test_nothing_is_ordered_twice(pool):
     assert len(pool.orders(NOW, 3)) == 3
     assert pool.orders(NOW, 3) == pool.orders(NOW + 5, 3) == []

@@ -20,7 +20,7 @@ from tests.test_command_line import finished, started, xpcs_stream
 from tests.test_documents_command import assert_last_event_is
 from tests.test_kill import frames, free, qmap
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 __all__ = ["frames", "qmap"]
 

@@ -1,11 +1,13 @@
 """A ring against a plain list of what was appended."""
 
+import time
+from collections import Counter
 from dataclasses import dataclass
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from stream.ring import EACH, Ring
+from stream.ring import EACH, MOST_RUNS, Ring
 
 ROOM = 10 * EACH
 N_BYTES = st.integers(0, 5 * EACH)
@@ -76,6 +78,23 @@ def test_many_records_of_nothing_need_room_too():
     assert len(offsets(ring)) == ROOM / EACH
 
 
+def test_losses_of_runs_long_ago_are_forgotten():
+    ring = Ring(0)
+    for run in range(2 * MOST_RUNS + 1):
+        ring.append([], must_stay=False, run=run)
+    assert sorted(ring.lost_of) == list(range(MOST_RUNS, 2 * MOST_RUNS))
+    assert ring.lost == 2 * MOST_RUNS
+
+
+def test_a_record_that_is_not_safe_gets_older():
+    ring = filled(3)
+    ring.release(1)
+    at = ring.unsafe.at
+    assert ring.at(0)[1].at <= at <= time.monotonic()
+    ring.release(3)
+    assert ring.unsafe is None
+
+
 def test_two_rings_have_names_of_their_own():
     assert Ring(ROOM).name != Ring(ROOM).name
 
@@ -85,6 +104,7 @@ class Record:
     offset: int
     size: int
     must_stay: bool
+    run: int
 
 
 class Model(RuleBasedStateMachine):
@@ -95,6 +115,7 @@ class Model(RuleBasedStateMachine):
         self.ring = Ring(ROOM)
         self.there = []
         self.end = self.safe = self.lost = 0
+        self.lost_of = Counter()
 
     def is_safe(self, record):
         return record.offset < self.safe
@@ -109,18 +130,18 @@ class Model(RuleBasedStateMachine):
             free += dropped[-1].size
         return dropped
 
-    @rule(n_bytes=N_BYTES, must_stay=st.booleans())
-    def append(self, n_bytes, must_stay):
+    @rule(n_bytes=N_BYTES, must_stay=st.booleans(), run=st.integers(0, 5))
+    def append(self, n_bytes, must_stay, run):
         dropped = self.dropped_for(n_bytes + EACH)
         loses = sum(not self.is_safe(record) for record in dropped)
         assert self.ring.has_room(n_bytes) == (loses == 0)
-        self.ring.append(
-            [self.end.to_bytes(4, "big")[: min(4, n_bytes)], bytes(max(0, n_bytes - 4))], must_stay=must_stay
-        )
+        parts = [self.end.to_bytes(4, "big")[: min(4, n_bytes)], bytes(max(0, n_bytes - 4))]
+        self.ring.append(parts, must_stay=must_stay, run=run)
         self.there = [record for record in self.there if record not in dropped]
-        self.there.append(Record(self.end, n_bytes + EACH, must_stay))
+        self.there.append(Record(self.end, n_bytes + EACH, must_stay, run))
         self.end += 1
         self.lost += loses
+        self.lost_of.update(record.run for record in dropped if not self.is_safe(record))
 
     @rule(ahead=st.integers(-5, 5))
     def release(self, ahead):
@@ -141,6 +162,9 @@ class Model(RuleBasedStateMachine):
     def the_same_is_there_in_order(self):
         assert offsets(self.ring) == [record.offset for record in self.there]
         assert (self.ring.end, self.ring.safe, self.ring.lost) == (self.end, self.safe, self.lost)
+        assert self.ring.lost_of == self.lost_of
+        unsafe = [record.run for record in self.there if not self.is_safe(record)]
+        assert (self.ring.unsafe and self.ring.unsafe.run) == (unsafe[0] if unsafe else None)
 
     @invariant()
     def bytes_are_bounded(self):

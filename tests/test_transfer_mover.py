@@ -163,3 +163,26 @@ def test_another_record_is_not_taken_for_one(tmp_path):
     (tmp_path / "text").write_text("neither is this" * 100)
     with pytest.raises(RecordError, match="text"):
         Moves.open(tmp_path / "text")
+
+
+def test_what_ended_before_it_was_wanted_once_more_begins_again_and_what_ended_since_does_not(moves, requests):
+    mover, move = begun(moves, requests[0])
+    look(mover, 5.0, state=State.DONE)
+    [verify] = mover.orders(5.0)
+    mover.answered(verify, (), 6.0)
+    assert mover.add(requests[0], 0, 7.0, since=6.0).may_release
+    again = mover.add(requests[0], 0, 8.0, since=7.5)
+    assert (again.ended, again.attempt, again.document, again.task, again.begun) == (None, 2, None, None, None)
+    assert moves.add(requests[0], 0, 9.0, since=9.0).attempt == 2  # it is not over
+    moves.ended(move, State.FAILED, "no", 10.0)
+    assert moves.add(requests[0], 0, 11.0, since=9.0).state is State.FAILED
+
+
+def test_the_record_tells_when_a_task_began_and_forgets_what_ended_long_ago(moves, requests):
+    _, move = begun(moves, requests[0])
+    assert moves.get(move).begun is not None
+    moves.ended(move, State.DONE, "", 10.0)
+    moves.prune(10.0)
+    assert moves.get(move).begun is not None
+    moves.prune(11.0)
+    assert moves.get(move) is None

@@ -1,7 +1,6 @@
 """A run engine measures until a verdict on live results, and the run's stop document says why it ended."""
 
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,8 +18,9 @@ from stream.errors import ConfigError
 from stream.operators.qmap import ring_map
 from stream.operators.roimap_file import write
 from stream.precision import Goal
+from tests.kafka import free_ports
 
-DEADLINE = 20
+DEADLINE = 60
 COUNT_TIME = 1e-3
 SHAPE = (48, 48)
 RATE = 100.0
@@ -49,9 +49,8 @@ def qmap(roimap, tmp_path_factory):
 
 
 def free_address():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{found.getsockname()[1]}"
+    [port] = free_ports(1)
+    return f"127.0.0.1:{port}"
 
 
 def started(*arguments, **options):

@@ -14,8 +14,9 @@ from stream.messages import FrameBatch, Rejected, Result, RunStart, RunStop
 from stream.sinks.faults import Faults
 from stream.sinks.zmq import ZmqSink
 from tests import hostile
+from tests.kafka import free_ports
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(120)
 
 ANYWHERE = "tcp://127.0.0.1:*"
 
@@ -121,7 +122,7 @@ def test_none_is_yielded_while_nothing_comes():
     with ZmqSource(ANYWHERE, bind=True) as source:
         began = time.monotonic()
         assert next(iter(source)) is None
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 5
 
 
 def test_a_source_has_no_position_and_cannot_go_back():
@@ -166,14 +167,14 @@ def test_a_push_fails_when_nobody_takes_anything(bind):
 def test_a_push_that_nobody_takes_ends_soon_once_it_is_stopped():
     stop_sending = threading.Event()
     timer = threading.Timer(0.2, stop_sending.set)
-    timer.start()
     began = time.monotonic()
+    timer.start()
     with (
         ZmqSink(ANYWHERE, pattern="push", stop=stop_sending) as sink,
         pytest.raises(SinkError, match=f"{sink.address}: stopped while nobody received"),
     ):
         sink.write(start())
-    assert 0.2 <= time.monotonic() - began < 1.5
+    assert 0.2 <= time.monotonic() - began < 10  # not 60
     timer.join()
 
 
@@ -204,8 +205,7 @@ def test_a_message_that_does_not_fit_our_wire_is_a_sink_error():
 
 @pytest.fixture
 def address_of_nobody():
-    with ZmqSource(ANYWHERE, bind=True) as source:
-        return source.address
+    return f"tcp://127.0.0.1:{free_ports(1)[0]}"
 
 
 def test_frames_may_be_overwritten_once_they_are_written(address_of_nobody):

@@ -12,7 +12,7 @@ import tiled.client
 
 from tests.kafka import free_ports
 
-DEADLINE = 60
+DEADLINE = 150
 KEY = "fb54e0a1c6"
 
 

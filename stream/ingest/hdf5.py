@@ -10,6 +10,7 @@ from typing import Self
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from stream.errors import ConfigError, SourceError
 from stream.ingest import nexus
@@ -142,6 +143,11 @@ class Hdf5Source:
             It is that of another source, or the file has no such frame.
         """
         self._next = frame_at(position, self._start.run, self._n_frames)
+
+    def never_written(self) -> NDArray[np.int64]:
+        """Return the half-open ranges of frames, (n, 2), that were never written; without reading any."""
+        missing = np.concatenate([[False], *(block.never_written() for block in self._blocks), [False]])
+        return np.flatnonzero(np.diff(missing)).reshape(-1, 2)
 
     def _read(self) -> Iterator[Message]:
         """Read to the end of a batch and yield the good frames, and one Rejected for each stretch of bad ones."""

@@ -161,6 +161,21 @@ class Block:
             data=chunk,
         )
 
+    def never_written(self) -> NDArray[np.bool_]:
+        """Return for each frame whether there is nothing of it, or of a part of it."""
+        missing = np.zeros(self.n_frames, np.bool_)
+        if self._has_gaps:
+            depth, *tile = self._chunks
+            per_row = math.prod(-(-n // c) for n, c in zip((self._rows, self._columns), tile, strict=True))
+            written = np.zeros(-(-self.n_frames // depth), np.int64)
+
+            def count(chunk: Any) -> None:
+                written[chunk.chunk_offset[0] // depth] += 1
+
+            self._dataset.id.chunk_iter(count)
+            missing = np.repeat(written < per_row, depth)[: self.n_frames]
+        return missing
+
     def _read_chunk(self, row: int, frames: NDArray[np.integer[Any]]) -> str | None:
         try:
             if self.is_bslz4:

@@ -7,7 +7,9 @@ start
     ``original_plan_name``.
 stream "primary"
     One event per update, and a last one. Each holds all that is known, so that a late consumer needs only the newest.
-    Arrays have one shape throughout; NaN is what is not known yet.
+    Arrays have one shape throughout; NaN is what is not known yet. ``xpcs_plane`` is the worst way that the run went:
+    0 stream, 1 stream and file, 2 file. ``xpcs_frames_from_file`` came late, by the file only; ``xpcs_awaits_file`` is
+    1 while the run has ended, and lost frames may yet come so.
 stream "result"
     The result file, where one was written.
 stop
@@ -49,6 +51,9 @@ _FACTS = ("sample", "data_session", "data_groups", "owner", "group", "project", 
 _SCALARS: Mapping[str, Mapping[str, Any]] = {
     "xpcs_frames": {"dtype": "integer"},
     "xpcs_frames_dropped": {"dtype": "integer"},
+    "xpcs_frames_from_file": {"dtype": "integer"},
+    "xpcs_plane": {"dtype": "integer"},
+    "xpcs_awaits_file": {"dtype": "integer"},
     "xpcs_source_start": {"dtype": "integer"},
     "xpcs_source_stop": {"dtype": "integer"},
     "xpcs_lag": {"dtype": "number", "units": "s", "precision": 3},
@@ -182,6 +187,9 @@ class DerivedRun:
         return {
             "xpcs_frames": multitau.n_frames,
             "xpcs_frames_dropped": int(ledger.get("lost", 0)),
+            "xpcs_frames_from_file": int(ledger.get("from_file", 0)),
+            "xpcs_plane": int(ledger.get("plane", 0)),
+            "xpcs_awaits_file": int(ledger.get("awaits_file", 0)),
             "xpcs_source_start": 0,
             "xpcs_source_stop": multitau.n_frames,
             "xpcs_lag": float(ledger.get("lag", np.nan)),

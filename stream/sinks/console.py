@@ -33,6 +33,9 @@ LONGEST_LAG = 3600.0
 FEW_PAIRS = 32
 """g2 of delays with fewer pairs of frames is shown pale."""
 
+MOST_RUNS = 64
+"""That have no end yet, and are remembered."""
+
 LINE_EVERY = 1.0
 """Seconds between lines where nothing can be drawn over."""
 
@@ -45,7 +48,8 @@ class ConsoleSink:
     """Show the run, its losses and g2; drawn anew with every output that is written.
 
     On a terminal the display stays in its place. Elsewhere (a log file, a pipe) there is a line every second, and the
-    whole display once at the end of each run.
+    whole display once at the end of each run. Of runs that go on at once the newest is displayed, the others when they
+    end.
 
     Parameters
     ----------
@@ -62,7 +66,8 @@ class ConsoleSink:
         self._q = q
         self._is_live = is_live
         self._live: Live | None = None
-        self._run: _Run | None = None
+        self._runs: dict[str, _Run] = {}
+        self._shown: _Run | None = None
         self._line_due = 0.0
 
     def __enter__(self) -> Self:
@@ -74,37 +79,47 @@ class ConsoleSink:
         self._finish()
 
     def write(self, output: Output) -> None:
-        """Take the start, results and end of one run after the other; leave out frames and other runs."""
+        """Take the start, results and end of runs; leave out frames and runs that did not begin here."""
+        run = self._runs.get(output.run)
         match output:
             case RunStart():
                 self._finish()
-                self._run = _Run(output, is_live=self._is_live)
+                self._shown = run = self._runs[output.run] = _Run(output, is_live=self._is_live)
+                while len(self._runs) > MOST_RUNS:
+                    del self._runs[next(iter(self._runs))]
                 if self._console.is_terminal:
                     self._live = Live(console=self._console, auto_refresh=False)
                     self._live.start()
-            case Result() if self._run and output.run == self._run.start.run:
-                self._run.take(output)
-            case RunStop() if self._run and output.run == self._run.start.run:
-                self._run.stop = output
+            case Result() if run is not None:
+                run.take(output)
+            case RunStop() if run is not None:
+                run.stop = output
+                del self._runs[output.run]
             case _:
                 return
-        if self._live:
-            self._live.update(_display(self._run, self._q, self._console), refresh=True)
-        elif isinstance(output, Result) and output.operator == "ledger" and time.monotonic() >= self._line_due:
+        if self._live and run is self._shown:
+            self._live.update(_display(run, self._q, self._console), refresh=True)
+        elif isinstance(output, RunStop) and run is not self._shown:
+            self._console.print(_display(run, self._q, self._console))
+        elif self._is_line_due(output):
             self._line_due = time.monotonic() + LINE_EVERY
-            self._console.print(_line(self._run), soft_wrap=True, highlight=False)
-        if isinstance(output, RunStop):
+            self._console.print(_line(run), soft_wrap=True, highlight=False)
+        if isinstance(output, RunStop) and run is self._shown:
             self._finish()
 
     def flush(self) -> None:
         """Do nothing: what is written is shown."""
 
+    def _is_line_due(self, output: Output) -> bool:
+        is_last = isinstance(output, Result) and output.operator == "ledger"
+        return is_last and not self._live and time.monotonic() >= self._line_due
+
     def _finish(self) -> None:
         if self._live:
             self._live.stop()
-        elif self._run and self._run.stop:
-            self._console.print(_display(self._run, self._q, self._console))
-        self._live = self._run = None
+        elif self._shown and self._shown.stop:
+            self._console.print(_display(self._shown, self._q, self._console))
+        self._live = self._shown = None
 
 
 class _Run:
@@ -149,19 +164,38 @@ class _Run:
         return f"lag {_time(seconds if self._is_live and abs(seconds) < LONGEST_LAG else math.nan)}"
 
     @property
+    def how(self) -> str:
+        """Tell how frames came, where they did not come as they should."""
+        said = []
+        if plane := int(self.ledger.get("plane", 0)):
+            said.append(f"by {('stream', 'stream and file', 'file')[min(plane, 2)]}")
+        if late := int(self.ledger.get("from_file", 0)):
+            regions = ", ".join(map(str, self.ledger["repaired_regions"].tolist()))
+            said.append(f"{late:,} late, from the file (region {regions})")
+        if "missing_regions" in self.ledger and self.ledger["missing_regions"].size:
+            said.append(f"without region {', '.join(map(str, self.ledger['missing_regions'].tolist()))}")
+        return "; ".join(said)
+
+    @property
     def state(self) -> str:
-        return "running" if self.stop is None else _STATES[self.stop.exit_status]
+        if self.stop is None:
+            return "waits for lost frames from a file" if int(self.ledger.get("awaits_file", 0)) else "running"
+        return _STATES[self.stop.exit_status]
 
 
 def _line(run: _Run) -> str:
     of_planned = f" of {run.planned}" if run.planned else ""
     faults = "".join(f", {int(run.ledger[name])} {name}" for name in _FAULTS if int(run.ledger[name]))
-    return f"run {run.start.run}: {run.n_frames}{of_planned} frames, {run.speed}, {run.lag}{faults}"
+    how = f", {run.how}" if run.how else ""
+    waits = f", {run.state}" if run.stop is None and run.state != "running" else ""
+    return f"run {run.start.run}: {run.n_frames}{of_planned} frames, {run.speed}, {run.lag}{faults}{how}{waits}"
 
 
 def _display(run: _Run, q: Sequence[float], console: Console) -> RenderableType:
     width = min(WIDTH, console.width)
     parts: list[RenderableType] = [_progress(run), Text(run.speed, "cyan"), _losses(run)]
+    if run.how:
+        parts.append(Text(run.how, "yellow"))
     if run.multitau is not None and np.any(run.multitau["n_pairs"] > 0):
         parts += [Text(), g2_table(run.multitau, q, width - 6, console.height - OTHER_LINES)]
     colour = {"running": "cyan", "complete": "green"}.get(run.state, "yellow")

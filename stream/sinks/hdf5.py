@@ -114,7 +114,7 @@ class Hdf5Sink:
         )
         target = self._path
         try:
-            target = _free(self._path, run.start)
+            target = file_of(self._path, run.start)
             target.parent.mkdir(parents=True, exist_ok=True)
             _replace(target, image)
         except OSError as error:
@@ -139,8 +139,8 @@ def _announced(start: RunStart) -> datetime:
     return datetime.now(UTC)
 
 
-def _free(path: Path, start: RunStart) -> Path:
-    """Return the first name for the file of a run that is not taken by another one."""
+def file_of(path: Path, start: RunStart) -> Path:
+    """Return where the result of a run is, or comes: the first name that is not taken by another one."""
     name = re.sub(r"[^A-Za-z0-9._-]", "_", start.run)[:80]
     if name != start.run or not name[:1].isalnum():
         name = f"run_{name}_{sha256(start.run.encode('utf-8', 'replace')).hexdigest()[:8]}"

@@ -5,6 +5,7 @@ import math
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,6 +15,7 @@ import numpy as np
 
 from stream.dealer import Dealer
 from stream.dealer import Hub as Address
+from stream.delivery import Delivery
 from stream.errors import SinkError
 from stream.hub import Hub, frames_log
 from stream.hub_wire import MAX_BYTES, Had, Put
@@ -59,6 +61,7 @@ class HubFrames:
         self._pieces = Pieces(RECORD_BYTES)
         self._told: dict[int, int] = {}
         """Lost records of each region that were told of."""
+        self._n_starts: Counter[int] = Counter()
 
     def __enter__(self) -> Self:
         self._hub.__enter__()
@@ -86,6 +89,8 @@ class HubFrames:
         log = frames_log(output.region)
         if isinstance(output, RunStart):
             self._check_fits(output)
+            self._n_starts[output.region] += 1
+        run = self._n_starts[output.region]
         for piece in self._pieces.cut(output):
             try:
                 parts = encode(piece)
@@ -93,7 +98,7 @@ class HubFrames:
                 raise SinkError(f"{self._hub.address}: {error}") from error
             if self._waits:
                 self._wait_for_room(log, sum(memoryview(part).nbytes for part in parts))
-            self._hub.append(log, parts, must_stay=not isinstance(piece, FrameBatch))
+            self._hub.append(log, parts, must_stay=not isinstance(piece, FrameBatch), run=run)
         lost = self._hub.lost(log)
         if lost > 2 * self._told.get(output.region, 0):
             self._told[output.region] = lost
@@ -103,6 +108,10 @@ class HubFrames:
 
     def flush(self) -> None:
         """Return at once: the ring has everything."""
+
+    def delivery(self) -> Delivery:
+        """Return how far the frames are on their way; runs are numbered as they are begun here, from 1."""
+        return self._hub.delivery()
 
     def _check_fits(self, start: RunStart) -> None:
         n_bytes = 2 * math.prod(start.shape) * np.dtype(start.dtype).itemsize

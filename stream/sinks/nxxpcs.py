@@ -6,13 +6,20 @@
         data                    g2, g2_derr, G2_unnormalized, delay_difference: the arrays of /xpcs, linked
             frame_average       (rows, columns) of the whole detector, NaN where nothing was measured
             v_dim0, v_dim1      (n_dynamic,) where the bins lie, e.g. q and phi
+        twotime                 two_time_corr_func, g2_from_two_time_corr_func, ..._partials: those of /xpcs/twotime
         instrument              incident_beam, detector_1
     /xpcs                       as boost_corr writes it and pyXpcsViewer 1.2.2 reads it
         qmap                    the map of pixels to bins, attributes hash and version
         multitau                normalized_g2, normalized_g2_err, delay_list; tau, n_pairs, G2, IP, IF
+        twotime                 if it was computed: of the whole run, at the resolution at which it was kept
+            correlation_map     c2_00001, ...: upper half; NaN where frames are lost
+            normalized_g2, normalized_g2_segments, processed_bins, config, ...: see `stream.operators.twotime`
+            finer               c2 of the newest frames at finer resolutions
         temporal_mean           scattering_2d, scattering_1d, scattering_1d_segments; segment_start, v_dim0, v_dim1
         spatial_mean            intensity_vs_time; frame, intensity
-        ledger                  frames sent, received, lost, ...
+        ledger                  frames sent, received, lost, ...; of merged results also how their frames came:
+                                missing_regions, repaired_regions (from a file), from_file (frames that came late, by a
+                                file only), plane (0 stream, 1 stream and file, 2 file), awaits_file
         configuration, metadata what the run was told: text and JSON
         <operator>              the arrays of any other operator
 
@@ -92,14 +99,17 @@ def file_image(
         _process(xpcs, start, stop, configuration, date)
         _qmap(xpcs, qmap)
         _multitau(xpcs, results.get("multitau"), len(qmap["dynamic_index_mapping"]), start.frame_time)
+        _twotime(xpcs, results.get("twotime"), len(qmap["dynamic_index_mapping"]))
         _temporal_mean(xpcs, start, results.get("scattering"), qmap)
         _spatial_mean(xpcs, results.get("intensity"))
         for name, result in results.items():
-            if name not in ("multitau", "scattering", "intensity"):
+            if name not in ("multitau", "twotime", "scattering", "intensity"):
                 _verbatim(xpcs, result)
         _entry(entry, start, announced)
         _instrument(entry, start, qmap)
         _data(entry, xpcs, qmap)
+        if "twotime" in xpcs:
+            _twotime_data(entry, xpcs["twotime"], start.frame_time)
         file.flush()
         image: bytes = file.id.get_file_image()
     return image
@@ -164,6 +174,62 @@ def _two_delays(arrays: Arrays, frame_time: float) -> dict[str, NDArray[Any]]:
         padded[name][: len(array)] = array
     delay = np.array([1, 2])
     return padded | {"delay": delay, "tau": delay * frame_time, "n_pairs": np.nan_to_num(padded["n_pairs"])}
+
+
+def _twotime(xpcs: h5py.Group, result: Result | None, n_dynamic: int) -> None:
+    if result is None:
+        return
+    arrays = _arrays(
+        result, "bins", "avg_frame", "first", "n_times", "n_came", "c2", "delay", "tau", "g2", "g2_segments"
+    )
+    bins, n_level = arrays["bins"], len(arrays["avg_frame"])
+    if not n_level or arrays["n_times"][-1] < 2:
+        return  # there is nothing to correlate
+    n = int(arrays["n_times"][-1])
+    _fits(result.run, "result 'twotime': g2", arrays["g2"].shape, (n, len(bins)))
+    if len(bins) and bins.max() > n_dynamic:
+        raise SinkError(
+            f"run {result.run}: result 'twotime': bin {bins.max()} is not in the map, which has {n_dynamic}"
+        )
+    group = xpcs.create_group("twotime")
+    _put(group, "config/stride_frame", 1)
+    _put(group, "config/avg_frame", int(arrays["avg_frame"][-1]))
+    _put(group, "processed_bins", bins)
+    c2 = np.triu(arrays["c2"]).astype(np.float32)
+    for i in range(len(bins)):
+        _put(group, f"correlation_map/c2_{i + 1:05d}", c2[-1, i, :n, :n])
+    q_last = {"storage_mode": "one_array_q_last", "baseline_reference": 1}
+    _put(group, "normalized_g2", arrays["g2"], first_point_for_fit=0, **q_last)
+    _put(group, "normalized_g2_segments", arrays["g2_segments"])
+    _put(group, "delay", arrays["delay"], units="frames")
+    _put(group, "tau", arrays["tau"], units="s")
+    _put(group, "first", int(arrays["first"][-1]), units="frames")
+    _put(group, "n_came", arrays["n_came"][-1, :n], units="frames")
+    if n_level > 1:
+        _put(group, "finer/c2", c2[:-1])
+        for name in ("avg_frame", "first", "n_came"):
+            _put(group, f"finer/{name}", arrays[name][:-1], units="frames")
+
+
+def _twotime_data(entry: h5py.Group, twotime: h5py.Group, frame_time: float) -> None:
+    data = _group(entry, "twotime", "NXdata", signal="two_time_corr_func", axes=["processed_bins", "t1", "t2"])
+    data["processed_bins"] = twotime["processed_bins"]
+    avg_frame, n = twotime["config/avg_frame"][()], len(twotime["n_came"])
+    _put(data, "t1", (twotime["first"][()] + avg_frame * np.arange(n)) * frame_time, units="s")
+    data["t2"] = data["t1"]
+    maps = twotime["correlation_map"]
+    layout = h5py.VirtualLayout((len(maps), n, n), np.float32)
+    for i, name in enumerate(sorted(maps)):
+        layout[i] = h5py.VirtualSource(".", f"{maps.name}/{name}", (n, n))
+    data.create_virtual_dataset("two_time_corr_func", layout, np.nan).attrs.update(
+        storage_mode="one_array_q_first",
+        baseline_reference=1,
+        time_origin_location="upper_left",
+        populated_elements="upper_half",
+    )
+    data["g2_from_two_time_corr_func"] = twotime["normalized_g2"]
+    partials = np.moveaxis(twotime["normalized_g2_segments"][()], 1, 2)
+    _put(data, "g2_from_two_time_corr_func_partials", partials, storage_mode="one_array", baseline_reference=1)
 
 
 def _temporal_mean(xpcs: h5py.Group, start: RunStart, result: Result | None, qmap: Mapping[str, Any]) -> None:

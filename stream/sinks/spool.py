@@ -5,6 +5,7 @@ import logging
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -34,6 +35,9 @@ POLL_SECONDS = 0.2
 
 EXIT_SECONDS = 60.0
 """How long the end waits for the disk."""
+
+MOST_RUNS = 100
+"""Of which it is known where they are."""
 
 _Entry = tuple[RunStart | FrameBatch | RunStop, Ledger | None, int]
 """What came, the ledger of a run that stopped, and bytes."""
@@ -65,6 +69,13 @@ class Spool:
     queue_bytes
         Of frames that wait for the disk, at most.
 
+    Attributes
+    ----------
+    directory, keep_bytes
+        The same.
+    written
+        Bytes that were written so far.
+
     Raises
     ------
     SinkError
@@ -72,7 +83,9 @@ class Spool:
     """
 
     def __init__(self, directory: Path, *, keep_bytes: int, queue_bytes: int = QUEUE_BYTES) -> None:
-        self._directory, self._queue_bytes = directory, queue_bytes
+        self.directory = directory
+        self.keep_bytes, self._queue_bytes = keep_bytes, queue_bytes
+        self.written = 0
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -102,6 +115,7 @@ class Spool:
         self._run: SpooledRun | None = None
         self._n_taken = 0
         self._not_written = _Loss(directory)
+        self._begun_at: deque[tuple[RunStart, Path]] = deque(maxlen=MOST_RUNS)
 
         self._queue: queue.SimpleQueue[_Entry | threading.Event | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write_all, name="spool", daemon=True)
@@ -117,7 +131,7 @@ class Spool:
         self._queue.put(None)
         self._thread.join(EXIT_SECONDS)
         if self._thread.is_alive():
-            logger.warning("spool %s: the disk is too slow: the last frames are not in it", self._directory)
+            logger.warning("spool %s: the disk is too slow: the last frames are not in it", self.directory)
             return
         self._compressor.close()
         os.close(self._lock)
@@ -126,6 +140,16 @@ class Spool:
     def lost(self) -> int:
         """Frames that came and are not in a file, nor wait for it. Grows only."""
         return self._left_out.n + self._not_written.n
+
+    @property
+    def running(self) -> Path | None:
+        """The directory of the run that is being written; None between runs. The files of others do not change."""
+        run = self._run
+        return run.path if run is not None else None
+
+    def path_of(self, start: RunStart) -> Path | None:
+        """Return the directory of a run that began with this very message; None if it has none yet, or long ago."""
+        return next((path for begun, path in list(self._begun_at) if begun is start), None)
 
     def write(self, output: Output) -> None:
         """Take what a detector sent. Results are ignored."""
@@ -146,7 +170,7 @@ class Spool:
         self._queue.put(done)
         while not done.wait(0.1):
             if not self._thread.is_alive():
-                raise SinkError(f"spool {self._directory}: its thread is dead")
+                raise SinkError(f"spool {self.directory}: its thread is dead")
 
     def _take(self, batch: FrameBatch) -> None:
         n, start = len(batch.frames), self._start
@@ -157,7 +181,7 @@ class Spool:
         if past == n:
             return
         batch = replace(batch, first=batch.first + past, frames=batch.frames[past:])
-        size = _n_bytes(batch.frames)
+        size = n_bytes(batch.frames)
         room = self._queue_bytes - (self._n_put - self._n_taken)
         if size > room or (self._left_out.goes_on and 2 * room < self._queue_bytes):
             self._left_out.lose(batch.run, n - past, f"{self._queue_bytes / 1e9:g} GB wait for the disk")
@@ -221,11 +245,13 @@ class Spool:
             self._give_up(error, batch)
             return
         self._room.take(size)
+        self.written += size
         self._not_written.end()
 
     def _running(self, start: RunStart) -> SpooledRun:
         if self._run is None:
-            self._run = SpooledRun(self._directory, start)
+            self._run = SpooledRun(self.directory, start)
+            self._begun_at.append((start, self._run.path))
         return self._run
 
     def _chunks(self, frames: Frames) -> Sequence[Buffer]:
@@ -310,7 +336,7 @@ class _Loss:
             logger.warning("spool %s: goes on; %d frames are not in it", self._directory, self.n - self._before)
 
 
-def _n_bytes(frames: Frames) -> int:
+def n_bytes(frames: Frames) -> int:
     """Return what frames hold of memory, about."""
     match frames:
         case Chunks(chunks=chunks):

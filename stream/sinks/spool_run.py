@@ -5,6 +5,7 @@ In the directory of the run::
     RUN_master.h5         what the detector said; links /entry/data/data_000001, ...; when the run ended, the ledger
     RUN_data_000001.h5    frames at /entry/data/data, in chunks of bitshuffle and LZ4; lost ones have no chunk;
                           and what the detector said, for who has only this one
+    RUN_way.json          which way the frames went besides, see `stream.gateway_runs`
     safe                  made by who has proven that the frames are safe elsewhere
 
 A part is seen once it is complete, and never changed: so whoever comes at any time reads whole files, a killed process
@@ -131,7 +132,7 @@ class SpooledRun:
                 ledger = _group(file["entry"], "ledger", "NXcollection")
                 for name, value in closed["ledger"].items():
                     ledger[name] = value
-        master = self.path / _master_name(self.path)
+        master = self.path / master_name(self.path)
         hidden = master.with_name(f".{master.name}")
         hidden.write_bytes(image.getbuffer())
         hidden.replace(master)
@@ -140,9 +141,9 @@ class SpooledRun:
 
 def files_of(run: Path) -> list[Path]:
     """Return the files in the directory of a run that are ours, in the order in which they can be removed."""
-    ours = re.compile(rf"\.?{re.escape(run.name)}_(data_\d+|master)\.h5|{SAFE}")
+    ours = re.compile(rf"\.?{re.escape(run.name)}_(data_\d+\.h5|master\.h5|way\.json)|{SAFE}")
     found = [path for path in run.iterdir() if ours.fullmatch(path.name)]
-    return sorted(found, key=lambda path: (path.name == SAFE, path.name == _master_name(run)))
+    return sorted(found, key=lambda path: (path.name == SAFE, path.name == master_name(run)))
 
 
 def unfinished(run: Path) -> list[Path]:
@@ -260,7 +261,8 @@ def _made(directory: Path, run: str) -> Path:
     raise AssertionError("count never ends")
 
 
-def _master_name(run: Path) -> str:
+def master_name(run: Path) -> str:
+    """Return the name of the master in the directory of a run."""
     return f"{run.name}_master.h5"
 
 

@@ -1,0 +1,51 @@
+"""What takes its time: fits, and whether the scattering drifts. In a thread of its own, of the newest results only."""
+
+import threading
+
+from stream.live.view import View
+from stream.messages import Result
+
+
+class Calculation:
+    """Calculates until it is closed; results that are overtaken by newer ones are left out."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._newest: dict[str, tuple[int, Result]] = {}
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def put(self, key: int, result: Result) -> None:
+        """Take a result of the run `key`, see `View.key`."""
+        with self._changed:
+            self._newest[result.operator] = key, result
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Let `run` return."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def run(self) -> None:
+        """Calculate what is put."""
+        from stream.damage import drift  # scipy takes its time; the page is there meanwhile
+
+        view = self._view
+        dynamics, of = view.new_dynamics(), view.key
+        while (item := self._next()) is not None:
+            key, result = item
+            if key != of:
+                dynamics, of = view.new_dynamics(), key
+            if result.operator == "multitau":
+                view.dynamics(key, result.n_frames, *dynamics.of(result.arrays))
+            elif view.dynamic_of_static is not None:
+                found = drift(result.arrays, result.n_frames, view.dynamic_of_static)
+                view.drift(key, {"change": found.change, "p_value": found.p_value})
+
+    def _next(self) -> tuple[int, Result] | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._newest or self._closed)
+            if self._closed:
+                return None
+            return self._newest.pop(next(iter(self._newest)))
