@@ -1,5 +1,5 @@
 # `make demo` and `make test` need nothing but Python 3.11 or newer; both work in .venv. The tests of Kafka need Java,
-# those of jobs Slurm.
+# those of jobs Slurm, those of the live page Chromium.
 PYTHON ?= python3
 VENV ?= .venv
 bin := $(VENV)/bin
@@ -8,18 +8,18 @@ together := --numprocesses=4 --dist=loadfile --no-loadscope-reorder
 # Begins first, since it takes longest: the others are done beside it.
 longest := tests/test_hpc_bridge.py
 
-.PHONY: demo test kafka slurm clean test-pbs
+.PHONY: demo test kafka slurm chromium clean test-pbs
 
 demo: $(VENV)/installed
 	PATH="$(abspath $(bin)):$$PATH" sh docs/demo.sh
 
-test: $(VENV)/installed-for-test kafka slurm
+test: $(VENV)/installed-for-test kafka slurm chromium
 	$(bin)/ruff format --check .
 	$(bin)/ruff check .
 	$(bin)/mypy
 	$(bin)/lint-imports
 	$(bin)/pytest $(together) $(longest) $(filter-out $(longest),$(sort $(wildcard tests/test_*.py)))
-	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=$(abspath $(VENV))/boundscheck $(bin)/pytest $(together) tests/test_kernels.py tests/test_multitau.py tests/test_means.py
+	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=$(abspath $(VENV))/boundscheck $(bin)/pytest $(together) tests/test_kernels.py tests/test_multitau.py tests/test_means.py tests/test_twotime.py
 
 # Against a live OpenPBS, for whoever has one: tests/test_pbs.py says what it must be like.
 test-pbs: $(VENV)/installed-for-test
@@ -51,6 +51,14 @@ slurm:
 		apt-get install -qq --yes --no-install-recommends $(slurm_packages) >/dev/null || \
 		echo "Slurm cannot be installed: its tests are skipped"; \
 	else echo "no Slurm: its tests are skipped (Debian: apt-get install $(slurm_packages))"; fi
+
+chromium:
+	@if command -v chromium >/dev/null; then :; \
+	elif [ -f /etc/debian_version ] && [ "$$(id -u)" = 0 ]; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -qq --yes --no-install-recommends chromium fonts-dejavu-core >/dev/null || \
+		echo "Chromium cannot be installed: the tests of the live page are skipped"; \
+	else echo "no Chromium: the tests of the live page are skipped (Debian: apt-get install chromium)"; fi
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

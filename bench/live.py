@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -25,6 +25,7 @@ import numpy as np
 import psutil
 from playwright.sync_api import Browser, Page, sync_playwright
 from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from bench.measure import Figure, compare
@@ -172,10 +173,11 @@ def _bare_server() -> Iterator[int]:
     ready = threading.Event()
 
     async def send(connection: ServerConnection) -> None:
-        while True:
-            at = np.array([1e3 * time.time()], ">f8").tobytes()
-            await connection.send(at + padding)
-            await asyncio.sleep(1 / PER_SECOND)
+        with suppress(ConnectionClosed):
+            while True:
+                at = np.array([1e3 * time.time()], ">f8").tobytes()
+                await connection.send(at + padding)
+                await asyncio.sleep(1 / PER_SECOND)
 
     async def run() -> None:
         async with serve(send, "127.0.0.1", 0, compression=None) as server:

@@ -219,6 +219,7 @@ class Bulk:
     def step(self, sight: Sight, now: float) -> list[Order]:
         """See to every run, and return what is to be done with the disk."""
         if now - self._pruned > DAY:
+            self._tasks.prune(now - KEPT)  # before the runs: what has the name of one that is forgotten is computed anew
             self._runs.prune(now - KEPT, now - KEPT_SEEN)
             self._pruned = now
         orders = []
@@ -511,6 +512,8 @@ class Bulk:
 def _is_same(run: Run, noticed: Noticed) -> bool:
     if noticed.origin is Origin.STREAM:  # the spool never uses a folder twice
         return run.origin is Origin.STREAM
+    if noticed.origin is Origin.RUN_ENGINE:  # documents may come again, and later runs may be in the same file
+        return run.origin is Origin.RUN_ENGINE and run.run == noticed.run
     seen = [(file.name, file.size, file.mtime_ns) for file in run.files]
     return seen == [(file.name, file.size, file.mtime_ns) for file in noticed.files] and not (
         noticed.is_named and run.run != noticed.run

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
+from os.path import normpath
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -74,6 +75,9 @@ class Files(Section):
     """Where results come back to; no other beamline's do."""
     drop: Path | None = None
     """A folder: what is put there, and is called `.h5`, is taken as if it were handed in. Nothing is removed."""
+    roots: dict[str, Path] = Field(default_factory=dict)
+    """Directories, as the documents of the run engine call them, and where they are here: the files there that a run's
+    documents point to go when the run is over. None: they do not. Files elsewhere are never taken."""
     gateway: Path | None = None
     """What the gateway tells of itself: its `--status`."""
     plane: Path | None = None
@@ -86,6 +90,8 @@ class Files(Section):
     """After which nobody wants it any more."""
     patience: Time = timedelta(minutes=10)
     """How long nothing may move to a site until the next one is tried."""
+    retry_after: Time = timedelta(seconds=30)
+    """Before a command that failed is tried again, and four times as long before it is tried the third and last time."""
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
     """The highest goes first, among all beamlines."""
 
@@ -94,6 +100,11 @@ class Files(Section):
         for name, path in (("results", self.results), ("drop", self.drop)):
             if path is not None and not path.is_absolute():
                 raise ValueError(f"{name}: {path} is not absolute")
+        for called, path in self.roots.items():
+            if not called.startswith("/") or ".." in PurePosixPath(called).parts or not path.is_absolute():
+                raise ValueError(f"roots: {called}: {path}: not two absolute paths")
+        if self.drop is not None and normpath(self.drop) == normpath(self.results):
+            raise ValueError(f"drop: {self.drop} is where results come back to: each would be taken as a run")
         if self.plane is not None and self.gateway is None:
             raise ValueError("plane: how frames should go is only known by gateway")
         return self

@@ -3,7 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from queue import Empty, SimpleQueue
@@ -15,8 +15,9 @@ from pydantic import Field, model_validator
 from hpc_bridge.bulk import Bulk, Noticed, Routes, Sight, Wanted
 from hpc_bridge.bulk_carrier import Carrier
 from hpc_bridge.bulk_config import Files
-from hpc_bridge.bulk_disk import Disk, DropFolder, Dropped, Failed, Hashed, Released
+from hpc_bridge.bulk_disk import STILL, Disk, DropFolder, Dropped, Failed, Hashed, Released
 from hpc_bridge.bulk_gateway import Gateway
+from hpc_bridge.bulk_pointed import PointedFiles
 from hpc_bridge.bulk_record import Known, Origin, Run, Runs
 from hpc_bridge.bulk_report import report_run
 from hpc_bridge.bulk_ways import Way
@@ -155,7 +156,26 @@ class Freight:
             if routes is None and before.gateway is not None:
                 before.gateway.let_go()
         if routes is not None:
-            self._held[beamline] = _Held(beamline, routes, self._dropped)
+            self._held[beamline] = _Held(beamline, routes, self._dropped, self._state)
+        if routes is None or not routes.files.roots:
+            with suppress(OSError):
+                _pointed(self._state, beamline).unlink(missing_ok=True)
+
+    def told(self, beamline: str, points: Iterable[tuple[str, str]], ended: Iterable[str], now: float) -> None:
+        """Take what documents tell of runs: that data are in a file, by its URI, and then that a run is over.
+
+        Raises
+        ------
+        RecordError
+            It cannot be written down.
+        """
+        held = self._held.get(beamline)
+        if held is not None and held.pointed is not None:
+            for run, uri in points:
+                held.pointed.points(run, uri)
+            for run in ended:
+                held.pointed.ended(run, now)
+            held.pointed.keep()
 
     def leave(self) -> None:
         """Serve no more what no beamline names any more."""
@@ -178,6 +198,11 @@ class Freight:
             if held.gateway is not None and of_stream is not None:
                 for noticed in held.gateway.look(now, heard_at=of_stream.heard_at, is_wanted=of_stream.is_wanted):
                     self._bulk.notice(noticed, held.routes.files, now)
+            if held.pointed is not None:
+                for noticed in held.pointed.look(now):
+                    self._bulk.notice(noticed, held.routes.files, now)
+                    held.pointed.taken(noticed.run)
+                held.pointed.keep()
         beamlines = {name: held.routes for name, held in self._held.items()}
         for order in self._bulk.step(Sight(beamlines=beamlines, moves=self._moves(), unreachable=unreachable), now):
             self._disk.order(order)
@@ -243,17 +268,22 @@ class Freight:
         return found
 
     def report(self, beamline: str) -> dict[str, Any]:
-        """Return how the runs of a beamline are, and which way its frames go; None if nothing is decided."""
+        """Return how the runs of a beamline are, which way frames go, if that is decided, and why no file will be."""
         held = self._held.get(beamline)
         if held is None:
-            return {"plane": None, "runs": []}
+            return {"plane": None, "trouble": "", "runs": []}
         moves, now = self._moves(), time.time()
         runs = [run for run in self._bulk.open_runs if run.beamline == beamline] + self._bulk.last(beamline, SHOWN)
         plane = None
         if held.gateway is not None and held.routes.files.plane is not None:
             switch = held.gateway.switch
             plane = {"plane": switch.plane.value, "why": switch.why, "since": switch.since}
-        return {"plane": plane, "runs": [self._report(run, held.routes, moves, now) for run in runs]}
+        trouble = held.gateway.trouble if held.gateway is not None else ""
+        return {
+            "plane": plane,
+            "trouble": trouble,
+            "runs": [self._report(run, held.routes, moves, now) for run in runs],
+        }
 
     def _report(self, run: Run, routes: Routes, moves: Mapping[str, Move], now: float) -> dict[str, Any]:
         move = None if run.move is None or run.ended is not None else moves.get(run.move)
@@ -305,13 +335,24 @@ class Freight:
 class _Held:
     """A beamline."""
 
-    def __init__(self, beamline: str, routes: Routes, dropped: "SimpleQueue[Dropped]") -> None:
+    def __init__(self, beamline: str, routes: Routes, dropped: "SimpleQueue[Dropped]", state: Path) -> None:
         self.routes, files = routes, routes.files
         self.gateway = None
         if files.gateway is not None:
             self.gateway = Gateway(beamline, files.gateway, files.plane, files.switch, files.send)
         self._drop = None if files.drop is None else DropFolder(beamline, files.drop, dropped)
+        self.pointed = None
+        if files.roots:
+            within, record = files.deadline.total_seconds(), _pointed(state, beamline)
+            self.pointed = PointedFiles(beamline, files.roots, record, within=within, still=STILL)
 
     def close(self) -> None:
         if self._drop is not None:
             self._drop.close()
+        if self.pointed is not None:
+            self.pointed.close()
+
+
+def _pointed(state: Path, beamline: str) -> Path:
+    """Return the record of runs of a beamline that point to files."""
+    return state / f"files-of-runs-{beamline}.json"

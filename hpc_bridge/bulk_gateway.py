@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from math import inf
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -83,6 +84,10 @@ class Gateway:
         self._due = 0.0
         self._complained = ""
         self._waits_since: float | None = None
+        self._spool_lost = 0
+        self._spool_lost_at = -inf
+        self.trouble = ""
+        """Why no run can be relied on to be there as a file, for people; empty: all is well, or nothing is known."""
         self.switch = self._as_before(time.time())
         """Which way frames go."""
 
@@ -100,6 +105,7 @@ class Gateway:
             return []
         self._due = now + self._settings.look.total_seconds()
         self._read()
+        self._look_at_spool(now)
         if self._plane is not None:
             self._decide(now, heard_at, is_wanted=is_wanted)
         return list(self._ended()) if self._told is not None else []
@@ -125,6 +131,26 @@ class Gateway:
             self._told = None
         except (OSError, ValueError) as error:
             self._complain(f"{self._status}: {_line(error)}")
+
+    def _look_at_spool(self, now: float) -> None:
+        if self._told is None or now - self._told_at > STALE:
+            return
+        before, self.trouble = self.trouble, ""
+        spool = self._told.spool
+        if spool is None:
+            self.trouble = "the gateway has no spool"
+        else:
+            if spool.lost > self._spool_lost:
+                self._spool_lost_at = now
+            self._spool_lost = spool.lost
+            if now - self._spool_lost_at <= self._settings.apart.total_seconds():
+                self.trouble = f"the spool loses frames: {spool.lost:,} are in no file"
+            elif spool.full_in_s is not None and spool.full_in_s < self._settings.spool_low.total_seconds():
+                self.trouble = f"the spool is full in {spool.full_in_s:.0f} s"
+        if self.trouble and not before:
+            _log.error("%s: there is no fallback: %s", self._beamline, self.trouble)
+        elif before and not self.trouble:
+            _log.warning("%s: there is a fallback again", self._beamline)
 
     def _decide(self, now: float, heard_at: float | None, *, is_wanted: bool) -> None:
         if heard_at is not None or not is_wanted:

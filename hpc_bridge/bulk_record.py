@@ -57,6 +57,8 @@ class Origin(StrEnum):
     SUBMITTED = "submitted"
     DROPPED = "dropped"
     STREAM = "stream"
+    RUN_ENGINE = "run engine"
+    """Whose documents point to its files."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,6 +174,8 @@ class Beamline(Section):
             raise ValueError(f"accounts of sites that are not among the sites: {', '.join(sorted(unknown))}")
         if self.files is not None and (unknown := set(self.files.sites) - set(self.sites)):
             raise ValueError(f"files: sites that are not among the sites: {', '.join(sorted(unknown))}")
+        if self.files is not None and self.files.roots and self.run_engine is None:
+            raise ValueError("files: roots: which files are there is told by a run_engine")
         return self
 
 

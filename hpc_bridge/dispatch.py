@@ -16,15 +16,26 @@ _log = logging.getLogger(__name__)
 ATTEMPTS = 3
 """Of a command that ends by itself and not well. Those that were cut short by others are not counted."""
 
+LONGER = 4.0
+"""By so much each further wait of one that failed is longer: what fails because of a file system would fail again."""
+
+TEMPORARY = 75
+"""Exit code of a command that was told to stop before it was done (EX_TEMPFAIL of sysexits.h)."""
+
 
 class Dispatch:
     """Hands out the tasks of one beamline.
 
     Every method may raise RecordError: then nothing may be told to the pilot.
+
+    Parameters
+    ----------
+    retry_after
+        How long (s) a command that failed waits before it is tried again the first time.
     """
 
-    def __init__(self, beamline: str, tasks: Tasks) -> None:
-        self._beamline, self._tasks = beamline, tasks
+    def __init__(self, beamline: str, tasks: Tasks, *, retry_after: float) -> None:
+        self._beamline, self._tasks, self._retry_after = beamline, tasks, retry_after
 
     def answer(self, heard: Heard, *, site: str, may_begin: bool) -> Assignment | None:
         """Take what a pilot of ours says, and return the task that it has from now on.
@@ -43,7 +54,7 @@ class Dispatch:
         task = self._tasks.had_by(self._beamline, beat.lease)
         is_busy = beat.task is not None and beat.task.state is TaskState.RUNNING
         if task is None and may_begin and beat.state is Pilot.SERVING and not is_busy:
-            task = self._tasks.next(self._beamline, site)
+            task = self._tasks.next(self._beamline, site, heard.at)
             if task is not None:
                 _log.info(
                     "task %s goes to %s%s", task.task, beat.lease, f", attempt {task.attempt}" * (task.attempt > 1)
@@ -77,6 +88,8 @@ class Dispatch:
                     self._tasks.done(task.task, said.digests, at)
                 case TaskState.DONE:
                     self._fall(task, said, f"other results are told of than {', '.join(task.results)}", at)
+                case TaskState.FAILED if said.exit_code == TEMPORARY:
+                    self._wait(task, f"exit code {TEMPORARY}: {said.message or 'not done'}", at + self._retry_after)
                 case TaskState.FAILED:
                     self._fall(task, said, said.message or f"it ended with {said.exit_code}", at)
                 case TaskState.STOPPED:
@@ -88,13 +101,14 @@ class Dispatch:
 
     def _fall(self, task: Task, said: TaskReport, why: str, at: float) -> None:
         words = f"exit code {said.exit_code}: {why}" if said.exit_code is not None else why
-        after = self._tasks.fell(task.task, said.exit_code, words, attempts=ATTEMPTS, now=at)
-        outcome = "has failed" if after.state is State.FAILED else f"is tried again, attempt {after.attempt}"
+        rest = self._retry_after * LONGER**task.failures
+        after = self._tasks.fell(task.task, said.exit_code, words, attempts=ATTEMPTS, not_before=at + rest, now=at)
+        outcome = "has failed" if after.state is State.FAILED else f"is tried again in {rest:.0f} s"
         _log.warning("task %s %s: %s", task.task, outcome, words)
 
-    def _wait(self, task: Task, why: str) -> None:
+    def _wait(self, task: Task, why: str, not_before: float = 0.0) -> None:
         _log.warning("task %s waits again: %s", task.task, why)
-        self._tasks.waits(task.task, why)
+        self._tasks.waits(task.task, why, not_before)
 
 
 def _is_of(task: Task, beat: Heartbeat, said: TaskReport) -> bool:

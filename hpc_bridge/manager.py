@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -31,7 +31,7 @@ from hpc_bridge.leases import Kind, Leases
 from hpc_bridge.pool import CancelJob, Pool, SubmitJob
 from hpc_bridge.reconcile import State, View
 from hpc_bridge.report import report
-from hpc_bridge.runs import Runs, runs_of
+from hpc_bridge.runs import Points, Runs, Told, runs_of
 from hpc_bridge.state import StateDirectory
 from hpc_bridge.tasks import Tasks
 
@@ -292,7 +292,7 @@ class Manager:
 
     def _give_orders(self, held: "_Held") -> None:
         now = time.time()
-        held.look_at_runs(now)
+        self._tell_of_files(held.beamline.beamline, held.look_at_runs(now), now)
         held.views = [view for pool in held.pools for view in pool.views(now)]
         orders = held.pool.orders(now, held.want(now))
         wanted = held.want_files(now)
@@ -309,6 +309,11 @@ class Manager:
                 case CancelJob(site=name, job_id=job_id, why=why):
                     _log.info("job %s at %s is cancelled: %s", job_id, name, why)
                     self._desks[name].cancel(job_id)
+
+    def _tell_of_files(self, beamline: str, told: Sequence[Told | Points], now: float) -> None:
+        points = [(each.run, each.uri) for each in told if isinstance(each, Points)]
+        ended = [each.run for each in told if isinstance(each, Told) and not each.began]
+        self._freight.told(beamline, points, ended, now)
 
     def _take_answers(self) -> None:
         while True:
@@ -399,7 +404,8 @@ class _Held:
         self.beamline, self.pool, self.is_let_go = beamline, pool, is_let_go
         self.files = files
         """Pools of kind "files", by site: a task has its files at one of them."""
-        self.dispatch = Dispatch(beamline.beamline, tasks)
+        retry_after = 0.0 if beamline.files is None else beamline.files.retry_after.total_seconds()
+        self.dispatch = Dispatch(beamline.beamline, tasks, retry_after=retry_after)
         self.routes: Routes | None = None
         """Of its files, if it says something of them and is not let go."""
         self.views: list[View] = []
@@ -439,9 +445,12 @@ class _Held:
         if self._runs is not None:
             self._runs.__exit__(None, None, None)
 
-    def look_at_runs(self, now: float) -> None:
-        """Take note of runs that began or ended."""
-        for told in self._runs.look() if self._runs is not None else ():
+    def look_at_runs(self, now: float) -> list[Told | Points]:
+        """Take note of runs that began or ended, and return all that was told."""
+        found = self._runs.look() if self._runs is not None else []
+        for told in found:
+            if isinstance(told, Points):
+                continue
             name = self.beamline.beamline
             _log.info("%s: run %s %s", name, told.run, "begins" if told.began else "ended")
             if told.began:
@@ -450,6 +459,7 @@ class _Held:
             else:
                 self._leases.run_ended(name, told.run, now)
                 self._demand.ended(told.run, now)
+        return found
 
     def want(self, now: float) -> int:
         """Return how many nodes are wanted."""
@@ -466,7 +476,7 @@ class _Held:
             self.files_wanted = {}
         else:
             reached = [name for name, pool in self.files.items() if pool.reaches(name)]
-            asked = self._tasks.asked(self.beamline.beamline, reached, self.beamline.files.nodes)
+            asked = self._tasks.asked(self.beamline.beamline, reached, self.beamline.files.nodes, now)
             self.files_wanted = self._files_demand.wanted(now, asked)
         return self.files_wanted
 

@@ -105,6 +105,8 @@ def _tables(reported: Mapping[str, Any], now: float) -> Iterator[RenderableType]
         yield _pilots(title, beamline["pilots"])
         if beamline["files"].get("plane"):
             yield plane_text(beamline["files"]["plane"])
+        if trouble := beamline["files"].get("trouble"):
+            yield Text(f"there is no fallback: {trouble}", style="bold red")
         if beamline["files"].get("runs"):
             yield table(name, beamline["files"]["runs"])
         for pilot in beamline["pilots"]:

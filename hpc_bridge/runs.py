@@ -1,6 +1,6 @@
 """When runs begin and end, by the documents of a run engine: over Kafka, or from a Proxy of bluesky.callbacks.zmq.
 
-Of a document only the uid of the run is read; what else may be in it is `stream`'s matter.
+Of a document only the uid of the run is read, and where a file of it is; what else may be in it is `stream`'s matter.
 """
 
 import logging
@@ -23,6 +23,10 @@ MAX_BYTES = 2**24
 
 MAX_UID = 200
 
+MAX_URI = 2048
+
+HDF5 = "application/x-hdf5"
+
 AT_ONCE = 500
 """Documents taken at one look."""
 
@@ -33,6 +37,14 @@ class Told:
 
     run: str
     began: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """Data of a run are in a file of HDF5."""
+
+    run: str
+    uri: str
 
 
 class Runs(Protocol):
@@ -46,11 +58,11 @@ class Runs(Protocol):
     ) -> None:
         """Listen no more."""
 
-    def look(self) -> list[Told]:
+    def look(self) -> list[Told | Points]:
         """Return what came since the last look; never waits."""
 
 
-def told(value: bytes) -> Told | None:
+def told(value: bytes) -> Told | Points | None:
     """Return what ``[name, document]`` in MessagePack tells of a run, as bluesky_kafka writes it; None if nothing.
 
     Raises
@@ -60,7 +72,7 @@ def told(value: bytes) -> Told | None:
     """
     unpacker = _of(value)
 
-    def read() -> Told | None:
+    def read() -> Told | Points | None:
         if unpacker.read_array_header() != 2:
             raise ValueError("not a name and a document")
         return _told(unpacker.unpack(), unpacker)
@@ -68,7 +80,7 @@ def told(value: bytes) -> Told | None:
     return _read(read)
 
 
-def told_by_proxy(message: bytes) -> Told | None:
+def told_by_proxy(message: bytes) -> Told | Points | None:
     """Return what a message of bluesky.callbacks.zmq tells: prefix, name and document, with spaces between.
 
     Raises
@@ -83,7 +95,7 @@ def told_by_proxy(message: bytes) -> Told | None:
             raise ValueError("not a prefix, a name and a document")
 
 
-def _read(read: Callable[[], Told | None]) -> Told | None:
+def _read(read: Callable[[], Told | Points | None]) -> Told | Points | None:
     try:
         return read()
     except OutOfData:
@@ -100,18 +112,39 @@ def _of(value: bytes) -> Unpacker:
     return unpacker
 
 
-def _told(name: object, unpacker: Unpacker) -> Told | None:
+def _told(name: object, unpacker: Unpacker) -> Told | Points | None:
+    if name == "stream_resource":
+        return _points(unpacker)
     key = {"start": "uid", "stop": "run_start"}.get(name) if isinstance(name, str) else None
     if key is None:
         return None
     for _ in range(unpacker.read_map_header()):
         if unpacker.unpack() == key:
-            uid = unpacker.unpack()
-            if not isinstance(uid, str) or not 0 < len(uid) <= MAX_UID:
-                raise ValueError(f"its {key} is not a uid")
-            return Told(uid, name == "start")
+            return Told(_uid(key, unpacker.unpack()), name == "start")
         unpacker.skip()
     raise ValueError(f"a {name} without {key}")
+
+
+def _points(unpacker: Unpacker) -> Points | None:
+    found = {}
+    for _ in range(unpacker.read_map_header()):
+        key = unpacker.unpack()
+        if isinstance(key, str) and key in ("run_start", "uri", "mimetype"):
+            found[key] = unpacker.unpack()
+        else:
+            unpacker.skip()
+    uri, mimetype = found.get("uri"), found.get("mimetype")
+    if not isinstance(mimetype, str) or mimetype.partition(";")[0] != HDF5:
+        return None
+    if not isinstance(uri, str) or not 0 < len(uri) <= MAX_URI:
+        raise ValueError("its uri is not one")
+    return Points(_uid("run_start", found.get("run_start")), uri)
+
+
+def _uid(key: str, value: object) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_UID:
+        raise ValueError(f"its {key} is not a uid")
+    return value
 
 
 class KafkaRuns:
@@ -140,7 +173,7 @@ class KafkaRuns:
     def __exit__(self, *_: object) -> None:
         self._consumer.close()
 
-    def look(self) -> list[Told]:
+    def look(self) -> list[Told | Points]:
         """Return what came since the last look; see `Runs`."""
         found = []
         for record in self._consumer.consume(AT_ONCE, timeout=0):
@@ -177,7 +210,7 @@ class ProxyRuns:
         self._socket.close()
         self._context.term()
 
-    def look(self) -> list[Told]:
+    def look(self) -> list[Told | Points]:
         """Return what came since the last look; see `Runs`."""
         found = []
         for _ in range(AT_ONCE):
@@ -216,7 +249,7 @@ def _properties(file: Path | None) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def _legible(read: Callable[[bytes], Told | None], value: bytes, where: str) -> Told | None:
+def _legible(read: Callable[[bytes], Told | Points | None], value: bytes, where: str) -> Told | Points | None:
     try:
         return read(value)
     except ValueError as error:

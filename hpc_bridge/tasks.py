@@ -28,7 +28,7 @@ from hpc_bridge import record
 from hpc_bridge.errors import ConfigError, RecordError
 from hpc_bridge.heartbeat import MAX_COMMAND, MAX_PATH, MAX_RESULTS, MAX_WORDS, Digest
 
-SCHEMA = 72
+SCHEMA = 75
 """Unlike those of leases and of moves, whose files it is not."""
 
 _TABLES = """
@@ -36,7 +36,7 @@ CREATE TABLE tasks (
     task TEXT PRIMARY KEY, beamline TEXT NOT NULL, site TEXT NOT NULL, command TEXT NOT NULL, results TEXT NOT NULL,
     priority INTEGER NOT NULL, created REAL NOT NULL, state TEXT NOT NULL, attempt INTEGER NOT NULL,
     failures INTEGER NOT NULL, lease TEXT, exit_code INTEGER, digests TEXT NOT NULL, why TEXT NOT NULL,
-    began REAL, ended REAL
+    began REAL, ended REAL, not_before REAL NOT NULL DEFAULT 0
 );
 CREATE INDEX open_tasks ON tasks (beamline) WHERE ended IS NULL;
 """
@@ -91,6 +91,8 @@ class Task:
     """This attempt was handed out."""
     ended: float | None
     """It is done or failed."""
+    not_before: float
+    """While it waits, no pilot gets it until then."""
 
 
 class Tasks:
@@ -227,18 +229,21 @@ class Tasks:
         where = "beamline = ? AND ended IS NULL AND state = 'running' AND lease = ?"
         return next(iter(self._tasks(where, (beamline, lease))), None)
 
-    def next(self, beamline: str, site: str) -> Task | None:
+    def next(self, beamline: str, site: str, now: float) -> Task | None:
         """Return the one that goes next to a pilot at a site."""
-        where = "beamline = ? AND ended IS NULL AND state = 'waiting' AND site = ?"
-        return next(iter(self._tasks(where, (beamline, site), most=1)), None)
+        where = "beamline = ? AND ended IS NULL AND state = 'waiting' AND site = ? AND not_before <= ?"
+        return next(iter(self._tasks(where, (beamline, site, now), most=1)), None)
 
-    def asked(self, beamline: str, sites: Collection[str], n: int) -> list[str]:
-        """Return the site of each task that runs, and then of those that wait at these sites; of the first `n`."""
+    def asked(self, beamline: str, sites: Collection[str], n: int, now: float) -> list[str]:
+        """Return the site of each task that runs, and then of those that wait at these sites; of the first `n`.
+
+        Those that may not be handed out yet come last: their nodes are kept for them, where nobody else wants nodes.
+        """
         is_there = f"site IN ({', '.join('?' * len(sites))})"
         rows = self._do(
             f"SELECT site FROM tasks WHERE beamline = ? AND ended IS NULL AND (state = 'running' OR {is_there})"  # noqa: S608
-            " ORDER BY state = 'running' DESC, priority DESC, created, rowid LIMIT ?",
-            (beamline, *sites, n),
+            " ORDER BY state = 'running' DESC, not_before > ?, priority DESC, created, rowid LIMIT ?",
+            (beamline, *sites, now, n),
         )
         return [row["site"] for row in rows]
 
@@ -261,7 +266,7 @@ class Tasks:
         """
         self._do(
             "UPDATE tasks SET state = 'waiting', attempt = attempt + 1, failures = 0, lease = NULL, exit_code = NULL,"
-            " digests = '[]', why = :why, began = NULL, ended = NULL, created = :now"
+            " digests = '[]', why = :why, began = NULL, ended = NULL, not_before = 0, created = :now"
             " WHERE task = :task AND ended IS NOT NULL",
             {"task": task, "why": why, "now": now},
         )
@@ -282,15 +287,28 @@ class Tasks:
             now=now,
         )
 
-    def waits(self, task: str, why: str) -> Task:
+    def waits(self, task: str, why: str, not_before: float = 0.0) -> Task:
         """Write down that its pilot has it no more: it is nobody's fault, and begins anew."""
-        return self._set(task, "state = 'waiting', attempt = attempt + 1, lease = NULL, why = :why", why=why)
-
-    def fell(self, task: str, exit_code: int | None, why: str, *, attempts: int, now: float) -> Task:
-        """Write down that an attempt ended by itself, and not well; after so many `attempts` the task has failed."""
         return self._set(
             task,
-            "exit_code = :exit_code, why = :why, failures = failures + 1,"
+            "state = 'waiting', attempt = attempt + 1, lease = NULL, why = :why, not_before = :not_before",
+            why=why,
+            not_before=not_before,
+        )
+
+    def fell(
+        self, task: str, exit_code: int | None, why: str, *, attempts: int, not_before: float = 0.0, now: float
+    ) -> Task:
+        """Write down that an attempt ended by itself, and not well; after so many `attempts` the task has failed.
+
+        Parameters
+        ----------
+        not_before
+            If it is tried again.
+        """
+        return self._set(
+            task,
+            "exit_code = :exit_code, why = :why, failures = failures + 1, not_before = :not_before,"
             " state = CASE WHEN failures + 1 < :attempts THEN 'waiting' ELSE 'failed' END,"
             " attempt = attempt + (failures + 1 < :attempts),"
             " lease = CASE WHEN failures + 1 < :attempts THEN NULL ELSE lease END,"
@@ -298,8 +316,13 @@ class Tasks:
             exit_code=exit_code,
             why=why,
             attempts=attempts,
+            not_before=not_before,
             now=now,
         )
+
+    def prune(self, before: float) -> None:
+        """Forget those that ended before that."""
+        self._do("DELETE FROM tasks WHERE ended < ?", (before,))
 
     def _tasks(self, where: str, values: tuple[object, ...], most: int = -1) -> list[Task]:
         rows = self._do(

@@ -3,7 +3,7 @@
 import importlib.metadata
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
 
-from stream import live_command, plane_commands
+from stream import live_command, plane_commands, result_commands
 from stream.errors import ConfigError, SinkError, XpcsStreamError
 from stream.options import (
     Documents,
@@ -33,11 +32,10 @@ from stream.options import (
     say_where,
     stopped_by_signals,
 )
+from stream.result_commands import save, show_facts
 
 # Only what `--help` needs is imported up here: numba, h5py, matplotlib, pint and pydantic take their time.
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from stream.config import Configuration
     from stream.sinks.dectris import DectrisSink
     from stream.sinks.faults import Faults
@@ -424,25 +422,15 @@ def inspect(
             facts = dict(inspection.of_frames(source, stop, frames))
         if not is_told:
             facts |= {"frame time": "not told", "count time": "not told"}
-        _show(console, facts)
+        show_facts(console, facts)
         return
     roimap = read(Path(where.target))
     if kind == "map":
-        _show(console, {"map": what, **inspection.of_map(roimap)})
+        show_facts(console, {"map": what, **inspection.of_map(roimap)})
         return
     of_result, g2 = inspection.of_result(Path(where.target))
-    _show(console, {"result": what, **of_result, **inspection.of_map(roimap)})
+    show_facts(console, {"result": what, **of_result, **inspection.of_map(roimap)})
     console.print(g2_table(g2, roimap.dynamic_q.tolist(), console.width, roimap.n_dynamic))
-
-
-def _show(console: Console, facts: Mapping[str, object]) -> None:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", justify="right")
-    table.add_column(overflow="fold")
-    for name, value in facts.items():
-        text = str(value)
-        table.add_row(name, text if len(text) < 300 else text[:300] + " ...")
-    console.print(table)
 
 
 @app.command()
@@ -499,30 +487,8 @@ def qmap(
     if png is not None:
         from stream.figure import draw_map
 
-        _save(draw_map(roimap), png)
-    _show(Console(), {"map": out, **of_map(roimap)})
-
-
-def _save(figure: "Figure", out: Path) -> None:
-    try:
-        figure.savefig(out, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{out}: {error}") from None
-
-
-@app.command()
-def show(
-    result: Annotated[Path, typer.Argument(help="Result file.")],
-    out: Annotated[Path, typer.Option(help="Picture to write (.png, .pdf, .svg).", metavar="FILE")],
-) -> None:
-    """Draw a result: g2 of every q, the mean image, scattering and intensity.
-
-    xpcs-stream show result.h5 --out g2.png
-    """
-    from stream.figure import draw
-
-    _save(draw(result), out)
-    typer.echo(out)
+        save(draw_map(roimap), png)
+    show_facts(Console(), {"map": out, **of_map(roimap)})
 
 
 for command in (
@@ -533,6 +499,9 @@ for command in (
     plane_commands.backfill,
     plane_commands.broker,
     plane_commands.keys,
+    result_commands.show,
+    result_commands.compare,
+    result_commands.export,
 ):
     app.command()(command)
 

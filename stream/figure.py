@@ -1,4 +1,4 @@
-"""A result file as one picture: g2 of every bin, the mean image with the bins, scattering and intensity."""
+"""Results as pictures: g2 of every bin, mean image, scattering, intensity, two-time correlation; and two of them."""
 
 import json
 import logging
@@ -17,8 +17,10 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 
-from stream.errors import ConfigError
+from stream.compare import Comparison
+from stream.fit import Fit, fits
 from stream.operators.roimap import RoiMap
+from stream.result import Curves, TwoTimes, opened, read
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +37,14 @@ _FEW_PAIRS = 32
 
 _MOST_PANELS = 40
 _UNITS = {"1/angstrom": "Å⁻¹", "A^-1": "Å⁻¹", "Å^-1": "Å⁻¹", "degree": "°", "deg": "°"}
+_MOST_TWO_TIMES = 12
 _LARGEST_IMAGE = 700
+_LARGEST_TWO_TIME = 400
 _OUTLINE = (255, 255, 255, 140)
 _INK = "#1f2933"
 _PALE = "#8b98a5"
 _TRUTH = "#d1495b"
+_OTHER = "#d1495b"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,87 +85,182 @@ def draw_map(roimap: RoiMap) -> Figure:
 
 
 def draw(path: Path) -> Figure:
-    """Return the picture of a result file written by `stream.sinks.hdf5`.
+    """Return the picture of a result file of any format that `stream.result` reads.
 
-    Above `_MOST_PANELS` dynamic bins an even choice of them is drawn. Where the run was simulated and the file says
-    so, the g2 that it was made with is drawn over the measured one:
+    Of those that `stream.sinks.hdf5` writes also image, scattering and intensity are drawn. Above `_MOST_PANELS`
+    dynamic bins an even choice of them is drawn. A fit that converged is drawn through its points. Where the run was
+    simulated and the file says so, the g2 that it was made with is drawn over the measured one:
     g2 = 1 + contrast * (sum_j weights_j exp(-rate_bin factors_j tau))^2.
 
     Raises
     ------
-    ConfigError
-        The file cannot be opened, or is not one of ours: the message names what it lacks.
+    ConfigError, RoiMapError
+        The file cannot be read: see `stream.result.read`.
     """
-    try:
-        with h5py.File(path) as file:
-            missing = [name for name in _NEEDED if name not in file]
-            if missing:
-                raise ConfigError(f"{path} is not a result file of xpcs-stream: it has no {missing[0]}")
-            return _draw(file)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    curves = read(path)
+    with opened(path) as file:
+        return _draw(curves, file)
 
 
-def _draw(file: h5py.File) -> Figure:
-    n_bins = file["xpcs/multitau/normalized_g2"].shape[1]
-    height = max(7.5, 2.0 * _grid(min(n_bins, _MOST_PANELS))[0])
-    figure = Figure(figsize=(15, 0.65 + height), layout="constrained", facecolor="white")
-    header, body = figure.subfigures(2, 1, squeeze=False, height_ratios=[0.65, height])[:, 0]
-    left, right = body.subfigures(1, 2, squeeze=False, width_ratios=[1.75, 1])[0]
-    _header(header, file)
-    _correlations(left, file)
-    image, scattering, intensity, blank = right.subplots(4, 1, height_ratios=[3.5, 2.2, 1.8, height - 7.4])
-    blank.remove()
-    _image(image, file)
-    _scattering(scattering, file["xpcs/temporal_mean"])
-    _intensity(intensity, file)
-    for axes in figure.get_axes():
-        axes.tick_params(colors=_INK, labelsize=8)
-        axes.spines[:].set_color(_PALE)
+def draw_comparison(a: Curves, b: Curves, found: Comparison) -> Figure:
+    """Return the picture of two results over each other, and below it how far they lie apart."""
+    bins = [found.bins[i] for i in _even_choice(len(found.bins))]
+    height = max(4.0, 2.0 * _grid(len(bins))[0])
+    figure = Figure(figsize=(12, 0.8 + height + 2.6), layout="constrained", facecolor="white")
+    header, body, below = figure.subfigures(3, 1, squeeze=False, height_ratios=[0.8, height, 2.6])[:, 0]
+    header.text(0.012, 0.72, _plain(a.run), fontsize=13, fontweight="bold", color=_INK, va="center")
+    header.text(0.012, 0.3, _plain(b.run), fontsize=13, fontweight="bold", color=_OTHER, va="center")
+    said = f"median |z| {found.median:.3g}, max {found.largest:.3g}, {found.n_delays} delays in common"
+    header.text(0.99, 0.5, said, fontsize=10, color=_INK, va="center", ha="right")
+    panels = _panels(body, len(bins))
+    apart = below.subplots()
+    colors = colormaps["viridis"](np.linspace(0, 0.85, len(bins)))
+    for axes, each, color in zip(panels, bins, colors, strict=True):
+        axes.set_title(f"{a.named(each.a)}: median |z| {each.median:.2g}", fontsize=9, color=_INK)
+        for curves, index, ink, marker in ((a, each.a, _INK, "o"), (b, each.b, _OTHER, "x")):
+            points = (curves.tau, curves.g2[:, index], np.nan_to_num(curves.g2_err[:, index]))
+            axes.errorbar(*points, fmt=marker, markersize=3, elinewidth=0.8, color=ink)
+        apart.plot(each.tau, each.z, ".-", color=color, linewidth=0.6, markersize=4)
+    shown = [(curves, [getattr(each, side) for each in bins]) for curves, side in ((a, "a"), (b, "b"))]
+    panels[0].set_ylim(_range(np.concatenate([curves.g2[:, indices].ravel() for curves, indices in shown])))
+    apart.axhspan(-1, 1, color=_PALE, alpha=0.25, linewidth=0)
+    apart.set_xscale("log")
+    apart.set_xlabel("τ (s)", color=_INK)
+    apart.set_ylabel("difference / error", color=_INK)
+    apart.grid(color=_PALE, alpha=0.2, linewidth=0.6)
+    if len(bins) < len(found.bins):
+        body.suptitle(f"{len(bins)} of {len(found.bins)} bins", fontsize=9, color=_PALE)
+    _quiet(figure)
     return figure
 
 
-def _header(figure: SubFigure, file: h5py.File) -> None:
-    xpcs = file["xpcs"]
-    run = file["entry/entry_identifier"].asstr()[()]
-    parts = [f"{xpcs['n_frames'][()]:,} frames × {file['entry/instrument/detector_1/frame_time'][()] * 1e3:.4g} ms"]
-    if "ledger" in xpcs:
-        ledger = xpcs["ledger"]
-        parts.append(f"{ledger['lost'][()]:,} lost" if ledger["lost"][()] else "none lost")
-        if "from_file" in ledger and ledger["from_file"][()]:
-            parts.append(f"{ledger['from_file'][()]:,} late, from a file")
-        parts += [f"{ledger[name][()]:,} {name}" for name in ("late", "duplicate", "undecodable") if ledger[name][()]]
-    if (status := xpcs["exit_status"].asstr()[()]) != "success":
+def _draw(curves: Curves, file: h5py.File) -> Figure:
+    is_whole = all(name in file for name in _NEEDED)
+    height = max(7.5 if is_whole else 3.0, 2.0 * _grid(min(len(curves.q), _MOST_PANELS))[0])
+    n_two_times = min(len(curves.twotime.bins), _MOST_TWO_TIMES) if curves.twotime else 0
+    below = 2.9 * math.ceil(n_two_times / 4)
+    heights = [0.65, height, *([below] if below else [])]
+    figure = Figure(figsize=(15, sum(heights)), layout="constrained", facecolor="white")
+    header, body, *rest = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    left = body
+    if is_whole:
+        left, right = body.subfigures(1, 2, squeeze=False, width_ratios=[1.75, 1])[0]
+        image, scattering, intensity, blank = right.subplots(4, 1, height_ratios=[3.5, 2.2, 1.8, height - 7.4])
+        blank.remove()
+        _image(image, file)
+        _scattering(scattering, file["xpcs/temporal_mean"])
+        _intensity(intensity, file)
+    _header(header, curves, file)
+    _correlations(left, curves, file)
+    if curves.twotime is not None and rest:
+        _two_times(rest[0], curves, curves.twotime)
+    _quiet(figure)
+    return figure
+
+
+def _quiet(figure: Figure) -> None:
+    for axes in figure.get_axes():
+        axes.tick_params(colors=_INK, labelsize=8)
+        axes.spines[:].set_color(_PALE)
+
+
+def _two_times(figure: SubFigure, curves: Curves, twotime: TwoTimes) -> None:
+    """Draw c2 of the processed bins, or an even choice of them; what is not known is blank."""
+    chosen = np.linspace(0, len(twotime.bins) - 1, min(len(twotime.bins), _MOST_TWO_TIMES)).round().astype(np.intp)
+    panels = figure.subplots(math.ceil(len(chosen) / 4), 4, squeeze=False).ravel()
+    for axes in panels[len(chosen) :]:
+        axes.remove()
+    ends = (float(twotime.time[0]), float(twotime.time[-1]) + twotime.step)
+    for axes, i in zip(panels, chosen, strict=False):
+        c2 = twotime.c2(i).astype(np.float64)
+        np.fill_diagonal(c2, np.nan)  # shot noise, no correlation
+        c2 = _block_mean(c2, math.ceil(len(c2) / _LARGEST_TWO_TIME))
+        c2 = np.where(np.isfinite(c2), c2, c2.T)  # symmetric: t1 and t2 may change places
+        known = c2[np.isfinite(c2)]
+        low, high = np.percentile(known, (1, 99)) if known.size else (0.9, 1.5)
+        options: dict[str, Any] = {"origin": "lower", "extent": (*ends, *ends), "interpolation": "nearest"}
+        mesh = axes.imshow(np.ma.masked_invalid(c2), vmin=low, vmax=max(high, low + 1e-6), **options)
+        axes.set_title(f"two-time: {_named(curves, int(twotime.bins[i]) - 1)}", fontsize=9, color=_INK)
+        axes.set_xlabel("t₁ (s)", color=_INK)
+        axes.set_ylabel("t₂ (s)", color=_INK)
+        bar = axes.figure.colorbar(mesh, cax=axes.inset_axes((1.02, 0, 0.04, 1)))
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=8)
+    if len(chosen) < len(twotime.bins):
+        figure.suptitle(f"{len(chosen)} of {len(twotime.bins)} two-time correlations", fontsize=9, color=_PALE)
+
+
+def _named(curves: Curves, index: int) -> str:
+    return curves.named(index) if 0 <= index < len(curves.q) else f"bin {index + 1}"
+
+
+def _header(figure: SubFigure, curves: Curves, file: h5py.File) -> None:
+    told = curves.facts
+    parts = []
+    if "frames" in told:
+        frame_time = file["entry/instrument/detector_1/frame_time"][()]
+        parts.append(f"{told['frames']:,} frames × {frame_time * 1e3:.4g} ms")
+    if "lost" in told:
+        parts.append(f"{told['lost']:,} lost" if told["lost"] else "none lost")
+        if late := told.get("from_file"):
+            parts.append(f"{late:,} late, from a file")
+        parts += [f"{told[name]:,} {name}" for name in ("late", "duplicate", "undecodable") if told.get(name)]
+    if (status := told.get("exit status", "success")) != "success":
         parts.append(f"exit status: {status}")
-    parts.append(file["entry/start_time"].asstr()[()][:19].replace("T", " "))
-    figure.text(0.012, 0.62, _plain(run), fontsize=15, fontweight="bold", color=_INK, va="center")
+    if curves.format != "xpcs-stream":
+        parts.append(curves.format)
+    if "start" in told:
+        parts.append(_plain(str(told["start"])[: 24 if "T" not in str(told["start"])[:11] else 19].replace("T", " ")))
+    figure.text(0.012, 0.62, _plain(curves.run), fontsize=15, fontweight="bold", color=_INK, va="center")
     figure.text(0.012, 0.12, "   ·   ".join(parts), fontsize=10, color=_INK, va="center")
 
 
-def _correlations(figure: SubFigure, file: h5py.File) -> None:
-    multitau = file["xpcs/multitau"]
-    tau, n_pairs = multitau["tau"][()], multitau["n_pairs"][()]
-    g2, error = multitau["normalized_g2"][()], multitau["normalized_g2_err"][()]
-    dims = [_Axis.read(file[f"entry/data/v_dim{dim}"]) for dim in (0, 1)]
-    titled = [dim for dim in dims if dim.known and np.unique(dim.values).size > 1]
+def _correlations(figure: SubFigure, curves: Curves, file: h5py.File) -> None:
+    tau, g2, error = curves.tau, curves.g2, curves.g2_err
+    trusted = ~(curves.n_pairs < _FEW_PAIRS)  # also where it is not told
+    titles = _titles(curves, file)
+    truth = _truth(json.loads(file["xpcs/metadata"][()]), g2.shape[1]) if "xpcs/metadata" in file else None
+    found = fits(tau, g2, error)
     bins = _even_choice(g2.shape[1])
     colors = colormaps["viridis"](np.linspace(0, 0.85, len(bins)))
-    truth = _truth(json.loads(file["xpcs/metadata"][()]), g2.shape[1])
-
-    rows, columns = _grid(len(bins))
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for axes in panels[len(bins) :]:
-        axes.remove()
-    for panel, (axes, index, color) in enumerate(zip(panels, bins, colors, strict=False)):
-        axes.set_title(", ".join(dim.at(index) for dim in titled) or f"bin {index + 1}", fontsize=9, color=_INK)
-        axes.axhline(1, color=_PALE, linewidth=0.6)
-        for trusted, alpha in ((n_pairs >= _FEW_PAIRS, 1.0), (n_pairs < _FEW_PAIRS, 0.25)):
-            points = (tau[trusted], g2[trusted, index], np.nan_to_num(error[trusted, index]))
+    panels = _panels(figure, len(bins))
+    for axes, index, color in zip(panels, bins, colors, strict=True):
+        axes.set_title(titles[index], fontsize=9, color=_INK)
+        for chosen, alpha in ((trusted, 1.0), (~trusted, 0.25)):
+            points = (tau[chosen], g2[chosen, index], np.nan_to_num(error[chosen, index]))
             axes.errorbar(*points, fmt="o", markersize=3, elinewidth=0.8, color=color, alpha=alpha)
+        if found[index].converged:
+            axes.plot(tau, _fitted(found[index], tau), color=_INK, linewidth=0.9, alpha=0.7, label="fit")
         if truth:
             axes.plot(tau, truth.g2(tau, index), color=_TRUTH, linewidth=1.1, label=truth.label, zorder=3)
+    panels[0].set_ylim(_range(g2[trusted]))
+    if panels[0].get_legend_handles_labels()[1]:
+        panels[0].legend(fontsize=7, frameon=False, loc="upper right")
+    if len(bins) < g2.shape[1]:
+        figure.suptitle(f"{len(bins)} of {g2.shape[1]} bins", fontsize=9, color=_PALE)
+
+
+def _titles(curves: Curves, file: h5py.File) -> list[str]:
+    """Return what each bin is called: where it lies, along the dimensions of the map that differ."""
+    if "entry/data/v_dim0" not in file or "entry/data/v_dim1" not in file:
+        return [curves.named(i) for i in range(len(curves.q))]
+    dims = [_Axis.read(file[f"entry/data/v_dim{dim}"]) for dim in (0, 1)]
+    titled = [dim for dim in dims if dim.known and np.unique(dim.values).size > 1]
+    return [", ".join(dim.at(i) for dim in titled) or f"bin {i + 1}" for i in range(len(curves.q))]
+
+
+def _fitted(found: Fit, tau: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(found.baseline + found.contrast * np.exp(-2 * (found.rate * tau) ** found.stretch))
+
+
+def _panels(figure: SubFigure, n: int) -> list[Axes]:
+    """Return panels for g2 against the logarithm of tau, which share their axes."""
+    rows, columns = _grid(n)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes in panels[n:]:
+        axes.remove()
+    for panel, axes in enumerate(panels[:n]):
+        axes.axhline(1, color=_PALE, linewidth=0.6)
         axes.set_xscale("log")
         axes.grid(color=_PALE, alpha=0.2, linewidth=0.6)
         axes.xaxis.set_minor_locator(NullLocator())  # most of the drawing time would go into them
@@ -168,11 +268,7 @@ def _correlations(figure: SubFigure, file: h5py.File) -> None:
             axes.set_xlabel("τ (s)", color=_INK)
         if panel % columns == 0:
             axes.set_ylabel("g₂", color=_INK)
-    panels[0].set_ylim(_range(g2[n_pairs >= _FEW_PAIRS]))
-    if truth:
-        panels[0].legend(fontsize=7, frameon=False, loc="upper right")
-    if len(bins) < g2.shape[1]:
-        figure.suptitle(f"{len(bins)} of {g2.shape[1]} bins", fontsize=9, color=_PALE)
+    return list(panels[:n])
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,11 @@
 """
 
 import logging
+import math
 import threading
+from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -16,8 +19,10 @@ from stream.ingest.kafka import KafkaResults, KafkaSource
 from stream.kafka import ANSWER, Cluster, create_topic
 from stream.kafka_group import KafkaGroup
 from stream.kafka_lag import KafkaLag
-from stream.messages import Output
+from stream.messages import FrameBatch, Output, RunStart
+from stream.outbox import QUEUE_KBYTES, QUEUE_RECORDS
 from stream.sinks.kafka import KafkaSink
+from stream.sinks.pieces import payload_ends
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +34,15 @@ LOOK = 0.5
 
 PARTIALS_BYTES = 2**24
 """Of a record of partial sums: those of a mean image are as large as a region."""
+
+PATIENCE = 300.0
+"""How long Kafka may be away where it is waited for (s)."""
+
+FRAMES_BYTES = 1024 * QUEUE_KBYTES * 3 // 4
+"""Of frames that Kafka does not have yet, where it is not waited for: the rest is room for starts and ends of runs."""
+
+FRAMES_RECORDS = QUEUE_RECORDS * 3 // 4
+"""The same, of records."""
 
 
 def frames_topic(beamline: str) -> str:
@@ -64,16 +78,30 @@ def create_topics(where: str, properties: Properties, regions: int, *, retention
 class KafkaFrames:
     """Frames of all regions, to Kafka. A `stream.plane.Sent`.
 
+    Where Kafka is not waited for, whoever writes is never held up, nor is anything raised before the end: frames for
+    which there is no room are counted as lost. Starts and ends of runs still find room then, and nothing that found
+    room is given up, however long Kafka is away.
+
     Parameters
     ----------
     sink
         Where they go; closed with this.
     lag
         Of the workers.
+    waits
+        Whether Kafka is waited for.
     """
 
-    def __init__(self, sink: KafkaSink, lag: KafkaLag) -> None:
-        self._sink, self._lag = sink, lag
+    def __init__(self, sink: KafkaSink, lag: KafkaLag, *, waits: bool) -> None:
+        self._sink, self._lag, self._waits = sink, lag, waits
+        self._n_starts: Counter[int] = Counter()
+        self._waiting: Counter[int] = Counter()
+        """Records that Kafka does not have yet, by the number of their run."""
+        self._n_bytes = 0
+        """Of frames among them."""
+        self._lost: Counter[int] = Counter()
+        self._lost_before: int | None = None
+        """Records that were lost before those that are being lost now; None: none are."""
 
     def __enter__(self) -> Self:
         self._sink.__enter__()
@@ -86,15 +114,63 @@ class KafkaFrames:
 
     def write(self, output: Output) -> None:
         """Take one message; see `KafkaSink`."""
-        self._sink.write(output)
+        if isinstance(output, RunStart):
+            self._n_starts[output.region] += 1
+        if self._waits:
+            self._sink.write(output)
+        else:
+            self._offer(output, self._n_starts[output.region])
 
     def flush(self) -> None:
-        """Return once Kafka has everything."""
-        self._sink.flush()
+        """Return once Kafka has everything, or at once where it is not waited for."""
+        if self._waits:
+            self._sink.flush()
+        else:
+            self._sink.hear()
 
     def delivery(self) -> Delivery:
         """Return how far the frames are; what Kafka no longer keeps is not known."""
-        return Delivery(lag=self._lag.lag(), lost=None)
+        unsafe_run = min((run for run, n in dict(self._waiting).items() if n > 0), default=None)
+        return Delivery(lag=self._lag.lag(), lost=None if self._waits else dict(self._lost), unsafe_run=unsafe_run)
+
+    def _offer(self, output: Output, run: int) -> None:
+        try:
+            for piece in self._sink.pieces(output):
+                n_bytes = int(payload_ends(piece)[-1]) if isinstance(piece, FrameBatch) else 0
+                if n_bytes and not self._has_room(n_bytes):
+                    self._lose(run, f"{self._n_bytes / 1e6:.0f} MB wait for Kafka")
+                    continue
+                self._sink.offer(piece, partial(self._told, run, n_bytes))
+                self._waiting[run] += 1
+                self._n_bytes += n_bytes
+                if n_bytes:
+                    self._go_on()
+        except SinkError as error:
+            self._lose(run, f"{error}")
+        self._sink.hear()
+
+    def _has_room(self, n_bytes: int) -> bool:
+        """Tell whether frames are taken; once some were lost, only when half of the others are gone."""
+        share = 1.0 if self._lost_before is None else 0.5
+        has_bytes = self._n_bytes + n_bytes <= share * FRAMES_BYTES
+        return has_bytes and self._waiting.total() < share * FRAMES_RECORDS
+
+    def _told(self, run: int, n_bytes: int, failure: str) -> None:
+        self._waiting[run] -= 1
+        self._n_bytes -= n_bytes
+        if failure:
+            self._lose(run, failure)
+
+    def _lose(self, run: int, why: str) -> None:
+        if self._lost_before is None:
+            self._lost_before = self._lost.total()
+            _log.warning("frames are not streamed until Kafka takes them: %s", why)
+        self._lost[run] += 1
+
+    def _go_on(self) -> None:
+        if self._lost_before is not None:
+            _log.warning("frames are streamed again: %d records were not", self._lost.total() - self._lost_before)
+            self._lost_before = None
 
 
 class KafkaPlane:
@@ -114,13 +190,14 @@ class KafkaPlane:
         self._safe = f"{self.beamline}.xpcs.safe"
         self._properties = properties
 
-    def gateway(self, n_regions: int, *, ring_bytes: int, waits: bool, stop: threading.Event) -> KafkaFrames:  # noqa: ARG002 - Kafka is waited for always
+    def gateway(self, n_regions: int, *, ring_bytes: int, waits: bool, stop: threading.Event) -> KafkaFrames:
         """Make the topics, and return where frames of all regions go; see `stream.plane.Plane`."""
         create_topics(self._where, self._properties, n_regions, retention_bytes=ring_bytes)
         topic = frames_topic(self.beamline)
-        sink = KafkaSink(self._bootstrap, topic, properties=self._properties, stop=stop)
+        patience = PATIENCE if waits else math.inf
+        sink = KafkaSink(self._bootstrap, topic, properties=self._properties, timeout=patience, stop=stop)
         cluster = Cluster(self._bootstrap, self._properties, SinkError)
-        return KafkaFrames(sink, KafkaLag(cluster, topic, n_regions, group=self._safe))
+        return KafkaFrames(sink, KafkaLag(cluster, topic, n_regions, group=self._safe), waits=waits)
 
     def wait(self, stop: threading.Event) -> None:
         """Return once a gateway has made the topics, or `stop` is set.

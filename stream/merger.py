@@ -4,8 +4,8 @@ Regions publish their partial sums at the same frames, but not at the same momen
 that all of them have reached; one that is more than `patience` behind the others is left out until it has caught up, so
 that a node that was lost does not hold up what the others know. The ledger says which are left out, or never began.
 
-Of each region are kept the newest sums, and fewer of older ones: two of every multiple of 2, 4, 8 steps. So there is a
-frame in common with a region that lags.
+Of each region are kept the newest sums, and fewer of older ones: two of every multiple of 2, 4, 8, ... steps. So there is
+a frame in common with a region that lags, or that publishes more seldom.
 
 A region that lost frames on its way may be recomputed from a file (`stream.repairs`): its sums take the place of those
 of the stream if they are of more frames, whenever and however often they come. A run that ended with frames lost can be
@@ -30,8 +30,8 @@ _log = logging.getLogger(__name__)
 KEPT = 2
 """Partial sums of a region at multiples of each power of 2 ..."""
 
-POWERS = 5
-"""... up to this many."""
+POWERS = 8
+"""... up to this many. A region whose sums take long to make has them at multiples of one of these only."""
 
 MOST_REGIONS = 4096
 """That a run may say it has."""
@@ -50,12 +50,14 @@ class _Region:
     """By frame and operator; of a frame that is not complete yet, some."""
     ledger: Arrays = field(default_factory=dict)
     stop: RunStop | None = None
+    names: frozenset[str] = frozenset()
+    """Of the operators."""
     operators: Sequence[Operator] = ()
+    """While they are asked for all the time: they take more memory than sums."""
 
     def complete(self) -> set[int]:
         """Return the frames of which the sums of all operators are there."""
-        names = {operator.name for operator in self.operators}
-        return {n_frames for n_frames, sums in self.partials.items() if names <= sums.keys()}
+        return {n_frames for n_frames, sums in self.partials.items() if self.names <= sums.keys()}
 
     @property
     def received(self) -> int:
@@ -85,6 +87,7 @@ class _Region:
 @dataclass(slots=True)
 class _Run:
     name: str
+    make: Callable[[RunStart], Sequence[Operator]]
     regions: dict[int, _Region] = field(default_factory=dict)
     """As they came in the stream."""
     repairs: dict[int, _Region] = field(default_factory=dict)
@@ -122,14 +125,17 @@ class _Run:
             return repair.has_all or (streamed is not None and streamed.stop is not None)
         return streamed is not None and streamed.is_whole
 
-    def begin(self, start: RunStart, operators: Callable[[RunStart], Sequence[Operator]], *, is_repair: bool) -> None:
+    def begin(self, start: RunStart, *, is_repair: bool) -> None:
         """Take note of a region, unless that was done before."""
-        if is_repair and (start.run, start.region) not in self.arriving:
-            self.arriving[start.run, start.region] = _Region(start, operators=operators(start))
-        elif not is_repair and start.region not in self.regions:
-            self.regions[start.region] = _Region(start, operators=operators(start))
-        else:
+        if (start.run, start.region) in self.arriving if is_repair else start.region in self.regions:
             return
+        operators = self.make(start)
+        region = _Region(start, names=frozenset(operator.name for operator in operators))
+        if is_repair:
+            self.arriving[start.run, start.region] = region
+        else:
+            region.operators = operators
+            self.regions[start.region] = region
         regions = start.metadata.get("regions")
         self.wanted = regions if isinstance(regions, int) and 1 <= regions <= MOST_REGIONS else 1
 
@@ -178,6 +184,7 @@ class _Run:
         for region in self.regions.values():
             kept = {n_frames, max(region.partials, default=0)}
             region.partials = {n: sums for n, sums in region.partials.items() if n in kept}
+            region.operators = ()
 
 
 def _worth(repair: _Region) -> tuple[bool, int]:
@@ -246,9 +253,9 @@ class Merger:
             case RunStart():
                 if run is None:
                     yield from self._end_namesakes(key)
-                    run = self._runs[key] = _Run(key[0])
+                    run = self._runs[key] = _Run(key[0], self._operators)
                     yield _whole(message, key)
-                run.begin(message, self._operators, is_repair=is_repair)
+                run.begin(message, is_repair=is_repair)
             case Result() if run is not None:
                 region = run.region(message, is_repair=is_repair)
                 # What comes after its end was said before.
@@ -310,7 +317,8 @@ class Merger:
         newest = max(reached.values(), default=0)
         steps = [float(np.diff(sorted({0, *frames})).min()) for frames in complete.values() if frames]
         # Regions are a step apart all the time, however long it is.
-        behind = max([self._patience / region.start.frame_time for region in run.regions.values()] + steps, default=0.0)
+        patience = max((self._patience / region.start.frame_time for region in run.regions.values()), default=0.0)
+        behind = patience + max(steps, default=0.0)
         if len(reached) < run.wanted and newest <= behind:
             return 0, []
         for name in sorted(reached, key=lambda name: reached[name]):
@@ -354,7 +362,7 @@ def _merged(run: _Run, regions: list[int], n_frames: int, *, final: bool) -> Ite
     restored: dict[int, Sequence[Operator]] = {}
     for region in regions:
         try:
-            restored[region] = _restored(run.best(region, n_frames), n_frames)
+            restored[region] = _restored(run.best(region, n_frames), n_frames, run.make)
         except (CheckpointError, KeyError, ValueError) as error:
             _log.warning("run %s: region %d cannot be merged: %s", name, region, error)
     if restored:
@@ -366,10 +374,13 @@ def _merged(run: _Run, regions: list[int], n_frames: int, *, final: bool) -> Ite
     yield Result(run=name, operator="ledger", n_frames=n_frames, final=final, arrays=ledger)
 
 
-def _restored(region: _Region, n_frames: int) -> Sequence[Operator]:
-    for operator in region.operators:
+def _restored(
+    region: _Region, n_frames: int, make: Callable[[RunStart], Sequence[Operator]]
+) -> Sequence[Operator]:
+    operators = region.operators or make(region.start)
+    for operator in operators:
         operator.restore(region.partials[n_frames][operator.name])
-    return region.operators
+    return operators
 
 
 def _ledger(run: _Run, regions: list[int], n_frames: int, *, final: bool) -> Arrays:

@@ -27,6 +27,9 @@ POLL = 0.1
 GRACE = 2.0
 """How long Kafka may still take something once we are stopped, or closed after an error (s)."""
 
+Report = Callable[[str], None]
+"""Told what became of a record: why Kafka will never have it, or "" if Kafka has it."""
+
 
 class Outbox:
     """Sends records to one topic; bounded in memory and in time.
@@ -41,7 +44,8 @@ class Outbox:
     max_record_bytes
         What the topic takes; None = it is asked for its ``max.message.bytes``.
     timeout
-        How long Kafka may take for anything (s): a record that it has not taken then has failed.
+        How long Kafka may take for anything (s): a record that it has not taken then has failed. Infinite: none fails
+        because of time.
     stop
         Once it is set, nothing is waited for longer than 2 s.
     fixed
@@ -93,7 +97,7 @@ class Outbox:
                 "acks": "all",
                 "enable.idempotence": True,
                 "message.max.bytes": self.max_record_bytes,
-                "delivery.timeout.ms": round(1000 * timeout),
+                "delivery.timeout.ms": round(1000 * timeout) if math.isfinite(timeout) else 0,
                 "queue.buffering.max.kbytes": max(QUEUE_KBYTES, self.max_record_bytes // 1024 + 1),
                 "queue.buffering.max.messages": QUEUE_RECORDS,
                 **(fixed or {}),
@@ -113,13 +117,15 @@ class Outbox:
             self._producer.purge()  # else closing would wait for ever
             self._producer.close()
 
-    def send(self, what: str, *, may_be_lost: bool, **record: Any) -> None:
+    def send(self, what: str, *, may_be_lost: bool, report: Report | None = None, **record: Any) -> None:
         """Take a record. While there is no room one is waited for, unless it may be lost.
 
         Parameters
         ----------
         what
             How it is called in errors.
+        report
+            Of what may be lost: told what became of it, if it was taken, instead of a log.
         record
             What `confluent_kafka.Producer.produce` takes.
 
@@ -130,7 +136,7 @@ class Outbox:
             was not delivered.
         """
         self.check()
-        record["on_delivery"] = partial(self._report, what, may_be_lost)
+        record["on_delivery"] = partial(self._report, what, may_be_lost, report)
         if not self._taken(what, record):
             if may_be_lost:
                 raise SinkError(f"{self.where}: no room for {what}{self._because()}")
@@ -146,6 +152,10 @@ class Outbox:
             Something was not delivered, or not within `timeout` or until `stop`.
         """
         self._flush(self._timeout)
+
+    def hear(self) -> None:
+        """Take what Kafka has said by now; wait for nothing."""
+        self._producer.poll(0)
 
     def check(self) -> None:
         """Raise SinkError if we are not let in, or something that was not to be lost was not delivered."""
@@ -185,14 +195,21 @@ class Outbox:
     def _because(self) -> str:
         return f" ({self._cluster.complaint})" if self._cluster.complaint else ""
 
-    def _report(self, what: str, may_be_lost: bool, error: KafkaError | None, _: Message) -> None:
+    def _report(
+        self, what: str, may_be_lost: bool, report: Report | None, error: KafkaError | None, _: Message
+    ) -> None:
+        failure = ""
         if error is None:
             self.delivered += 1
             self._cluster.went_well()
+        else:
+            self.failed += 1
+            failure = f"{what} was not delivered: {self._cluster.words(error)}{self._because()}"
+        if report is not None:
+            report(failure)
+        elif not failure:
             return
-        self.failed += 1
-        failure = f"{what} was not delivered: {self._cluster.words(error)}{self._because()}"
-        if may_be_lost:
+        elif may_be_lost:
             _log.warning("%s: %s", self.where, failure)
         else:
             self._failure = self._failure or failure

@@ -36,7 +36,7 @@ OFTEN = 1.0
 """Seconds between checkpoints of a state that is written at once."""
 
 SHARE = 0.1
-"""Of the time, in which checkpoints are written unless they would be too far apart."""
+"""Of the time, in which checkpoints are written unless they would be too far apart, and interim results made."""
 
 DRAIN = 2.0
 """Seconds in which a source that cannot go back is emptied once the pipeline is told to stop."""
@@ -48,8 +48,14 @@ class _Run:
     operators: Sequence[Operator]
     ledger: Ledger = field(default_factory=Ledger)
     stop: RunStop | None = None
-    offered: int = 0
-    """Frames of the last partial sums."""
+    pushed: int = 0
+    """One past the last frame of which the operators know."""
+    rest: float = 0.0
+    """Seconds between interim results in which making them takes no more than its share."""
+    measured: tuple[float, int] | None = None
+    """When which frame came, since when it is measured how fast they come; monotonic."""
+    frame_time: float = 0.0
+    """In which frames came lately (s); 0: not known yet."""
 
     def owns(self, message: FrameBatch | RunStop) -> bool:
         return (message.run, message.region) == (self.start.run, self.start.region)
@@ -69,9 +75,19 @@ class _Run:
             return f"end at {batch.first + n}, the run has {self.planned} frames"
         return None
 
-    def frames_between(self, seconds: float) -> int:
-        """Return how many frames come in about that time: a power of 2, the same for every region of the run."""
-        return 1 << max(0, math.ceil(math.log2(seconds / self.start.frame_time)))
+    def frames_between(self, seconds: float, frame: int) -> int:
+        """Return how many frames are between partial sums that are to be that time apart, once a frame has come.
+
+        It is a power of 2. Regions have the same one, or where partial sums take long a larger one: then the others
+        have them at these frames, too.
+        """
+        now = time.monotonic()
+        since, first = self.measured = self.measured or (now, frame)
+        if frame > first and now - since >= max(seconds, self.rest):
+            self.frame_time = (now - since) / (frame - first)
+            self.measured = now, frame
+        times = seconds / self.start.frame_time, self.rest / (self.frame_time or self.start.frame_time)
+        return 1 << math.ceil(math.log2(max(*times, 1)))
 
     def results(self, n_frames: int, *, final: bool, partials: bool) -> list[Result]:
         """Return what is known after n_frames."""
@@ -122,7 +138,8 @@ class Pipeline:
         Where to keep the state. With it a set `stop` leaves the run to be resumed; without it the run ends as aborted,
         with final results of what came.
     publish_every
-        Seconds between interim results.
+        Seconds between interim results. There are fewer where making them would take more than a tenth of the time.
+        With 0 there is one after every message.
     partials
         Publish partial sums (`Operator.partial`) instead of results, for a `stream.merger.Merger`: at frames that are
         multiples of a power of 2, so that all regions do so at the same ones.
@@ -299,20 +316,17 @@ class Pipeline:
         if not self._partials:
             yield batch
             return
-        every = run.frames_between(self._publish_every)
         begin, end = batch.first, batch.first + len(batch.frames)
         while begin < end:
-            until = min(end, (begin // every + 1) * every)
-            # What was due before may never have come.
-            self._offer_partials(run, begin // every * every)
+            every = run.frames_between(self._publish_every, begin)
+            due = begin // every * every
+            if due > run.pushed:  # what was due then never came
+                self._offer(run, due)
+            until = min(end, due + every)
             yield replace(batch, first=begin, frames=batch.frames[begin - batch.first : until - batch.first])
-            self._offer_partials(run, until // every * every)
-            begin = until
-
-    def _offer_partials(self, run: _Run, due: int) -> None:
-        if due > run.offered:
-            run.offered = due
-            self._offer(run, due)
+            run.pushed = begin = until
+            if until == due + every:
+                self._offer(run, until)
 
     def _break_off(self, exit_status: ExitStatus, position: Position) -> None:
         """End a run of which the detector did not say that it ended."""
@@ -335,13 +349,16 @@ class Pipeline:
             self._runs_left -= 1
 
     def _offer(self, run: _Run, n_frames: int) -> None:
+        begin = time.monotonic()
         offer(run.results(n_frames, final=False, partials=self._partials), self._sinks)
+        run.rest = (time.monotonic() - begin) / SHARE
 
     def _keep_time(self) -> None:
         now = time.monotonic()
         if self._run is not None and now >= self._publish_due and not self._partials:
             self._offer(self._run, self._run.ledger.next_frame)
-            self._publish_due = now + self._publish_every
+            now = time.monotonic()
+            self._publish_due = now + (max(self._publish_every, self._run.rest) if self._publish_every else 0.0)
         if self._writing is not None and self._writing.done():
             self._wait_for_writer()
         if self._run is not None and self._checkpoint_every == 0:
@@ -404,7 +421,7 @@ class Pipeline:
             was = ", ".join(saved.operators)
             raise CheckpointError(f"{self._checkpoints}: it was made with {was}, not with {', '.join(names)}")
         run.ledger.restore(saved.ledger)
-        run.offered = run.ledger.next_frame
+        run.pushed = run.ledger.next_frame
         for operator in run.operators:
             operator.restore(saved.operators[operator.name])
         _log.warning("run %s goes on at frame %d", saved.start.run, run.ledger.next_frame)

@@ -74,7 +74,7 @@ class Plane(Protocol):
         ring_bytes
             Of frames of each region that are kept.
         waits
-            Wait where there is no room for frames, as a file can; else the oldest are lost.
+            Wait where there is no room for frames, as a file can; else some are lost.
         """
 
     def wait(self, stop: threading.Event) -> None:
@@ -147,6 +147,8 @@ def send(
             case Rejected():
                 ledger.undecodable += 1
                 _log.warning("rejected: %s", message.reason)
+            case None:
+                _flush(sinks)
         if stop.is_set():
             break
     _flush(sinks)

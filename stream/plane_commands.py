@@ -196,7 +196,9 @@ def gateway(
             properties, keys = (kafka_properties, (None, None)) if is_kafka else (None, keys_of_plane)
             there = _plane(text, properties, *keys, binds=True)
             ring_bytes = round(1e9 * (keep if keep is not None else 10.0 if is_kafka else 0.5))
-            sinks.append(there.gateway(regions, ring_bytes=ring_bytes, waits=is_file, stop=stop))
+            # A detector without a spool is held up by Kafka: what waits in it is not lost.
+            waits = is_file or (is_kafka and raw is None)
+            sinks.append(there.gateway(regions, ring_bytes=ring_bytes, waits=waits, stop=stop))
             stack.enter_context(sinks[-1])
         of_proxy = proxy_keys(configuration)
         frames = stack.enter_context(

@@ -524,7 +524,7 @@ def test_the_example_says_all_that_can_be_said_of_files_with_the_defaults_that_t
     assert files.model_fields_set == set(Files.model_fields)
     assert files.switch.model_fields_set == set(type(files.switch).model_fields)
     defaults = Files(sites=files.sites, results=files.results)
-    others = {"switch", "sites", "results", "nodes", "drop", "gateway", "plane"}
+    others = {"switch", "sites", "results", "nodes", "drop", "roots", "gateway", "plane"}
     assert files.model_dump(exclude=others) == defaults.model_dump(exclude=others)
 
 

@@ -225,3 +225,25 @@ def test_a_master_comes_with_its_parts_and_a_folder_with_all_its_files(tmp_path)
 
 def test_files_whose_names_look_like_patterns_are_taken_as_they_are():
     assert in_order(["x[1]_data_1.h5", "x[1]_master.h5"])[0] == "x[1]_master.h5"
+
+
+@pytest.mark.parametrize(
+    ("spool", "trouble"),
+    [
+        ({"directory": "/spool", "lost": 0, "full_in_s": 1e6}, ""),
+        ({"directory": "/spool", "lost": 0, "full_in_s": None}, ""),
+        ({"directory": "/spool", "lost": 1234, "full_in_s": 1e6}, "the spool loses frames: 1,234 are in no file"),
+        ({"directory": "/spool", "lost": 0, "full_in_s": 119.0}, "the spool is full in 119 s"),
+        (None, "the gateway has no spool"),
+    ],
+)
+def test_where_no_file_can_be_relied_on_it_is_said_until_that_is_over(told, caplog, spool, trouble):
+    told.tell(spool=spool)
+    for _ in range(3):
+        told.look()
+    assert told.gateway.trouble == trouble
+    assert caplog.text.count("there is no fallback") == bool(trouble)
+    told.tell(spool={"directory": "/spool", "lost": 0 if spool is None else spool["lost"], "full_in_s": 1e6})
+    told.look(seconds=61.0)
+    assert told.gateway.trouble == ""
+    assert caplog.text.count("there is a fallback again") == bool(trouble)

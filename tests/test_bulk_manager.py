@@ -277,7 +277,9 @@ def test_after_its_deadline_a_run_has_failed_and_is_not_safe(files_of):
 
 
 def test_a_command_that_fails_says_what_it_said(files_of):
-    files = files_of(route={"command": [sys.executable, "-c", "import sys; sys.exit('no such map')", "{file}"]})
+    files = files_of(
+        route={"command": [sys.executable, "-c", "import sys; sys.exit('no such map')", "{file}"]}, retry_after="0.1 s"
+    )
     files.up()
     failed = files.submit(files.file(), "--wait", check=False)
     assert failed.returncode == 1

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_bridge.errors import ConfigError
-from hpc_bridge.runs import Told, runs_of, told, told_by_proxy
+from hpc_bridge.runs import Points, Told, runs_of, told, told_by_proxy
 from stream.documents import frame, pack
 from stream.sinks.bluesky_zmq import ZmqDocuments
 from tests.test_bluesky_transport import proxy
@@ -42,8 +42,35 @@ def test_a_start_and_a_stop_tell_of_their_run_in_both_encodings():
     assert [told_by_proxy(frame(*each, b"8idi")) for each in made] == expected
 
 
+def resource(**changes):
+    found = {"uid": "r", "run_start": "u", "mimetype": "application/x-hdf5", "uri": "file://localhost/a.h5", **changes}
+    return pack("stream_resource", {"parameters": {"dataset": "/a", "chunk_shape": (1, 2)}, **found})
+
+
+def test_a_resource_tells_where_a_file_of_hdf5_of_its_run_is_in_both_encodings():
+    bundle = compose_run()
+    uri = "file://localhost/data/a.h5"
+    made = bundle.compose_stream_resource(
+        mimetype="application/x-hdf5", uri=uri, data_key="detector", parameters={"dataset": "/entry/data/data"}
+    ).stream_resource_doc
+    expected = Points(bundle.start_doc["uid"], uri)
+    assert told(pack("stream_resource", made)) == expected
+    assert told_by_proxy(frame("stream_resource", made, b"8idi")) == expected
+    assert told(resource(mimetype="application/x-hdf5;type=swmr")) == Points("u", "file://localhost/a.h5")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"run_start": None}, {"run_start": "u" * 201}, {"uri": 5}, {"uri": ""}, {"uri": "u" * 3000}]
+)
+def test_a_resource_that_cannot_be_meant_is_refused(changes):
+    with pytest.raises(ValueError, match="its (uri|run_start) is not"):
+        told(resource(**changes))
+
+
 def test_other_documents_tell_nothing():
     assert told(pack("event", {"uid": "1", "data": {}})) is None
+    assert told(resource(mimetype="image/tiff")) is None
+    assert told(resource(mimetype=["application/x-hdf5"])) is None
     assert told(msgpack.packb(["no document", 5])) is None
 
 
@@ -59,6 +86,8 @@ def test_other_documents_tell_nothing():
         msgpack.packb(["start", {"uid": 5}]),
         msgpack.packb(["start", {"uid": "u" * 201}]),
         msgpack.packb(["start", {"uid": "u"}])[:-1],
+        msgpack.packb(["stream_resource", 5]),
+        resource()[:-1],
         b"\x92\xa5start" + b"\xdf\xff\xff\xff\xff",
         b"\x92\xa5start\x81\xa1x" + b"\x91" * 100_000,
         b"\x92\xa5start\x81\xa3uid\x81\x91\x01\x02",

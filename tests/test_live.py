@@ -290,6 +290,40 @@ def test_prometheus_is_told_how_long_a_frame_takes_to_a_browser(page, run):
         page.wait_for(lambda now: now["xpcs_served_seconds_count"] > before)
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"operator": "multitau", "arrays": {"tau": TAU}},
+        {"operator": "multitau", "arrays": {**multitau().arrays, "tau": TAU[:3]}},
+        {"operator": "multitau", "arrays": {**multitau().arrays, "g2": TAU, "g2_err": TAU}},
+        {"operator": "scattering", "arrays": {**scattering().arrays, "image": TAU}},
+        {"operator": "scattering", "arrays": {**scattering().arrays, "scattering_1d_segments": np.ones((8, 7))}},
+        {"operator": "ledger", "arrays": {**ledger().arrays, "received": TAU}},
+        {"operator": "ledger", "arrays": {**ledger().arrays, "lost_spans": TAU[:3]}},
+        {"operator": "intensity", "arrays": {"frame": np.arange(9), "intensity": np.empty(0)}},
+    ],
+)
+def test_a_result_that_is_not_what_it_says_is_left_out(page, run, bad):
+    with page.socket() as socket:
+        page.publish(start(run), Result(run=run, n_frames=7, final=False, **bad))
+        page.publish(multitau(run, n_frames=2006), ledger(run, n_frames=2007))
+        both(socket, of("run", n_frames=2007), of("fit", n_frames=2006))
+
+
+def test_others_than_this_machine_are_told_what_they_need_by_run(tmp_path):
+    qmap = tmp_path / "qmap.h5"
+    write(qmap, ROIMAP)
+    for address, says in [
+        ("live://0.0.0.0:8050", "others than this machine reach it, so that a token is needed: --token-file FILE"),
+        ("live://nonsense", '--live: "live://nonsense" must name a host and a port'),
+        ("http://127.0.0.1:8050", "unknown scheme http://"),
+    ]:
+        command = [sys.executable, "-m", "stream", "run", "--source", "zmq://127.0.0.1:5600", "--qmap", qmap]
+        done = subprocess.run([*command, "--live", address], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1
+        assert says in done.stderr
+
+
 def test_no_script_from_elsewhere_and_none_made_of_text_is_run():
     with served() as page, urlopen(page.url, timeout=10) as answer:  # noqa: S310
         policy = answer.headers["content-security-policy"]

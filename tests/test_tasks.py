@@ -41,7 +41,7 @@ def tasks(path):
 
 @pytest.fixture
 def dispatch(tasks):
-    return Dispatch("8ID", tasks)
+    return Dispatch("8ID", tasks, retry_after=10.0)
 
 
 def add(tasks, task="one", *, at=NOW, **changes):
@@ -208,20 +208,74 @@ def test_a_command_that_fails_is_tried_three_times_and_then_fails_with_its_last_
     add(tasks)
     for attempt in range(1, ATTEMPTS + 1):
         assert tasks.get("one").state is State.WAITING
-        assert ask(dispatch) == ("one", attempt)
+        now = NOW + 100 * attempt
+        assert ask(dispatch, at=now) == ("one", attempt)
         failed = told(state=TaskState.FAILED, attempt=attempt, exit_code=3, message="no such dataset")
-        assert ask(dispatch, task=failed, may_begin=False) is None
+        assert ask(dispatch, task=failed, at=now) is None
     task = tasks.get("one")
     assert (task.state, task.failures, task.exit_code) == (State.FAILED, 3, 3)
     assert task.why == "exit code 3: no such dataset"
-    assert ask(dispatch) is None
+    assert ask(dispatch, at=NOW + 1000) is None
+
+
+def test_what_failed_is_not_tried_again_at_once_and_the_next_time_later_still(tasks, dispatch):
+    add(tasks)
+    ask(dispatch)
+    assert ask(dispatch, task=told(state=TaskState.FAILED, exit_code=3)) is None
+    assert ask(dispatch, at=NOW + 9.9) is None
+    assert ask(dispatch, at=NOW + 10) == ("one", 2)
+    assert ask(dispatch, task=told(state=TaskState.FAILED, attempt=2, exit_code=3), at=NOW + 10) is None
+    assert ask(dispatch, at=NOW + 49.9) is None
+    assert ask(dispatch, at=NOW + 50) == ("one", 3)
+
+
+def test_others_have_their_turn_while_what_failed_rests(tasks, dispatch):
+    add(tasks, priority=5)
+    add(tasks, "two")
+    add(tasks, "far", site="far")
+    ask(dispatch)
+    assert ask(dispatch, task=told(state=TaskState.FAILED, exit_code=3)) == ("two", 1)
+    assert tasks.asked("8ID", ["near", "far"], 9, NOW + 1) == ["near", "far", "near"]
+    assert tasks.asked("8ID", ["near", "far"], 9, NOW + 10) == ["near", "near", "far"]
+
+
+def test_a_command_that_was_told_to_stop_before_it_was_done_has_not_failed_however_often(tasks, dispatch):
+    add(tasks)
+    for attempt in range(1, 9):
+        now = NOW + 10 * attempt
+        assert ask(dispatch, at=now) == ("one", attempt)
+        stopped = told(state=TaskState.FAILED, attempt=attempt, exit_code=75, message="stopped at frame 7")
+        assert ask(dispatch, task=stopped, at=now) is None
+    task = tasks.get("one")
+    assert (task.state, task.failures, task.why) == (State.WAITING, 0, "exit code 75: stopped at frame 7")
+
+
+def test_a_task_that_is_wanted_once_more_does_not_wait(tasks, dispatch):
+    add(tasks)
+    ask(dispatch)
+    ask(dispatch, task=told(state=TaskState.FAILED, exit_code=3))
+    tasks.cancel("one", "not wanted", NOW)
+    tasks.again("one", "wanted", NOW + 1)
+    assert ask(dispatch, at=NOW + 1) == ("one", 3)
+
+
+def test_tasks_that_ended_long_ago_are_forgotten_and_others_are_not(tasks, dispatch):
+    add(tasks, "over")
+    add(tasks, "over-2")
+    add(tasks, "waits")
+    tasks.cancel("over", "", NOW)
+    tasks.cancel("over-2", "", NOW + 10)
+    tasks.prune(NOW + 10)
+    assert tasks.get("over") is None
+    assert {task.task for task in tasks.of("8ID")} == {"waits", "over-2"}
 
 
 def test_a_failure_that_is_told_again_counts_once_though_the_same_pilot_tries_again(tasks, dispatch):
     add(tasks)
     ask(dispatch)
     failed = told(state=TaskState.FAILED, exit_code=3)
-    assert ask(dispatch, task=failed) == ask(dispatch, task=failed) == ("one", 2)
+    ask(dispatch, task=failed)
+    assert ask(dispatch, task=failed, at=NOW + 10) == ask(dispatch, task=failed, at=NOW + 10) == ("one", 2)
     assert (tasks.get("one").state, tasks.get("one").failures) == (State.RUNNING, 1)
 
 
@@ -292,7 +346,7 @@ class Walk:
         self.old = []
         self.n = 0
         self.tasks = Tasks.open(path)
-        self.dispatch = Dispatch("8ID", self.tasks)
+        self.dispatch = Dispatch("8ID", self.tasks, retry_after=3.0)
 
     def close(self):
         self.tasks.close()
@@ -312,7 +366,7 @@ class Walk:
         if self.dice.random() < 0.05:
             self.tasks.close()
             self.tasks = Tasks.open(self.path)
-            self.dispatch = Dispatch("8ID", self.tasks)
+            self.dispatch = Dispatch("8ID", self.tasks, retry_after=3.0)
         if len(self.living) < 4:
             self.n += 1
             self.pilots[f"p{self.n}"] = None
@@ -355,7 +409,9 @@ class Walk:
             better = [
                 t
                 for t in waiting.values()
-                if t.site == where and (-t.priority, t.created) < (-task.priority, task.created)
+                if t.site == where
+                and t.not_before <= said.at
+                and (-t.priority, t.created) < (-task.priority, task.created)
             ]
             assert given.task not in waiting or not better
         return given
@@ -437,8 +493,8 @@ def test_tasks_that_wait_at_sites_out_of_reach_ask_for_no_nodes(tasks):
     add(tasks, "runs", site="far")
     tasks.handed("runs", "a", NOW)
     add(tasks, "waits")
-    assert tasks.asked("8ID", ["near"], 9) == ["far", "near"]
-    assert tasks.asked("8ID", ["near", "far"], 2) == ["far", "far"]
+    assert tasks.asked("8ID", ["near"], 9, NOW) == ["far", "near"]
+    assert tasks.asked("8ID", ["near", "far"], 2, NOW) == ["far", "far"]
 
 
 # Leases of two kinds

@@ -1,9 +1,12 @@
 """What takes its time: fits, and whether the scattering drifts. In a thread of its own, of the newest results only."""
 
+import logging
 import threading
 
-from stream.live.view import View
+from stream.live.view import UNFIT, View
 from stream.messages import Result
+
+_log = logging.getLogger(__name__)
 
 
 class Calculation:
@@ -37,11 +40,14 @@ class Calculation:
             key, result = item
             if key != of:
                 dynamics, of = view.new_dynamics(), key
-            if result.operator == "multitau":
-                view.dynamics(key, result.n_frames, *dynamics.of(result.arrays))
-            elif view.dynamic_of_static is not None:
-                found = drift(result.arrays, result.n_frames, view.dynamic_of_static)
-                view.drift(key, {"change": found.change, "p_value": found.p_value})
+            try:
+                if result.operator == "multitau":
+                    view.dynamics(key, result.n_frames, *dynamics.of(result.arrays))
+                elif view.dynamic_of_static is not None:
+                    found = drift(result.arrays, result.n_frames, view.dynamic_of_static)
+                    view.drift(key, {"change": found.change, "p_value": found.p_value})
+            except UNFIT as error:  # e.g. results of another map than the one that we were given
+                _log.warning("nothing can be calculated from %s of run %s: %r", result.operator, result.run, error)
 
     def _next(self) -> tuple[int, Result] | None:
         with self._changed:

@@ -16,7 +16,7 @@ from stream.errors import SourceError
 from stream.live.calculation import Calculation
 from stream.live.hub import Hub
 from stream.live.metrics import Metrics
-from stream.live.view import View
+from stream.live.view import UNFIT, View
 from stream.live.web import application
 from stream.messages import Rejected, Result, RunStart, RunStop
 from stream.operators.roimap import RoiMap
@@ -157,17 +157,23 @@ class Server:
                 view.keep_time()
                 return
             case Rejected():
-                _log.warning("rejected: %s", message.reason)
-                self._metrics.reject()
-                view.reject()
+                self._reject(message.reason)
                 return
-            case Result(operator="multitau" | "scattering"):
-                view.take(message)
-                self._calculation.put(view.key, message)
-            case _:
-                view.take(message)
+        try:
+            view.take(message)
+        except UNFIT as error:
+            what = message.operator if isinstance(message, Result) else type(message).__name__
+            self._reject(f"{what} of run {message.run}: {error!r}")
+            return
+        if isinstance(message, Result) and message.operator in ("multitau", "scattering"):
+            self._calculation.put(view.key, message)
         if not isinstance(message, Result) or message.operator == "ledger":
             self._metrics.count(view.state()[0])
+
+    def _reject(self, reason: str) -> None:
+        _log.warning("rejected: %s", reason)
+        self._metrics.reject()
+        self._view.reject()
 
 
 class _Uvicorn(uvicorn.Server):

@@ -38,6 +38,9 @@ COUNTS = ("sent", "received", "lost", "late", "duplicate", "undecodable", "stray
 
 _STATES = {"success": "complete", "abort": "aborted", "fail": "failed"}
 
+UNFIT = (KeyError, IndexError, TypeError, ValueError)
+"""Raised by arrays that are not what they should be."""
+
 Publish = Callable[[str, bytes, float | None], None]
 """Takes the name of a section, its bytes, and when the newest frame in it ended (`time.monotonic`), if it is known."""
 
@@ -80,7 +83,13 @@ class View:
         self.tell()
 
     def take(self, message: RunStart | Result | RunStop) -> None:
-        """Show what was heard of the newest run; leave out others."""
+        """Show what was heard of the newest run; leave out others.
+
+        Raises
+        ------
+        KeyError, IndexError, TypeError, ValueError
+            (`UNFIT`) A result is not what its operator makes. It is not shown.
+        """
         match message:
             case RunStart():
                 if self._start is None or _differs(message, self._start):
@@ -221,14 +230,21 @@ class View:
         head = {"key": self._name(self._key), "n_frames": result.n_frames, "final": result.final}
         match result.operator:
             case "multitau":
-                self._g2 = pack("g2", head, floats(result.arrays, "tau", "g2", "g2_err", "n_pairs"))
-                self._publish("g2", self._g2, None)
+                self._show_curves(head, floats(result.arrays, "tau", "g2", "g2_err", "n_pairs"))
             case "scattering":
                 self._show_scattering(head, result.arrays)
             case "intensity":
                 self._show_intensity(head, result.arrays)
             case "ledger":
                 self._take_ledger(result)
+
+    def _show_curves(self, head: dict[str, Any], curves: Arrays) -> None:
+        n_delay, _ = curves["g2"].shape
+        for name, shape in (("g2_err", curves["g2"].shape), ("tau", (n_delay,)), ("n_pairs", (n_delay,))):
+            if curves[name].shape != shape:
+                raise ValueError(f"{name} is {curves[name].shape}, not {shape}")
+        self._g2 = pack("g2", head, curves)
+        self._publish("g2", self._g2, None)
 
     def _show_scattering(self, head: dict[str, Any], arrays: Arrays) -> None:
         profiles = floats(arrays, "scattering_1d", "scattering_1d_segments", "segment_start")
@@ -259,12 +275,17 @@ class View:
         self._publish("intensity", pack("intensity", head, floats(shown, *shown)), None)
 
     def _take_ledger(self, result: Result) -> None:
-        self._ledger = result.arrays
+        before, self._ledger = self._ledger, result.arrays
+        try:
+            self.state()
+        except UNFIT:
+            self._ledger = before
+            raise
         now = (time.monotonic(), int(result.arrays["received"]))
         if self._rate_from is None:
             self._rate_from = now
         elif now[0] - self._rate_from[0] > EVERY / 2:
-            self._frames_per_s = (now[1] - self._rate_from[1]) / (now[0] - self._rate_from[0])
+            self._frames_per_s = max(0, now[1] - self._rate_from[1]) / (now[0] - self._rate_from[0])
             self._rate_from = now
 
 

@@ -1,13 +1,13 @@
 """Our wire (`stream.wire`) over Kafka, sending end."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Self
 
 from stream.errors import SinkError
 from stream.messages import FrameBatch, Output, Result, RunStart
-from stream.outbox import Outbox
+from stream.outbox import Outbox, Report
 from stream.sinks.pieces import HEADER_BYTES, Pieces, payload_ends
 from stream.wire import encode
 
@@ -34,7 +34,8 @@ class KafkaSink:
     max_record_bytes
         What the topic takes; None = it is asked for its ``max.message.bytes``.
     timeout
-        How long Kafka may take for anything (s): a record that it has not taken then has failed.
+        How long Kafka may take for anything (s): a record that it has not taken then has failed. Infinite: none fails
+        because of time.
     stop
         Once it is set, nothing is waited for longer than 2 s.
 
@@ -95,12 +96,36 @@ class KafkaSink:
             It does not fit our wire, the topic or a record, there was no room for `timeout` or until `stop`, or
             something written before was not delivered.
         """
+        for piece in self.pieces(output):
+            self._send(piece, may_be_lost=isinstance(piece, Result) and not piece.final)
+
+    def pieces(self, output: Output) -> Iterator[Output]:
+        """Yield what one output becomes, a record each.
+
+        Raises
+        ------
+        SinkError
+            The topic has no place for it, or something written before was not delivered.
+        """
         self._outbox.check()
         n_regions = self._outbox.n_partitions
         if output.region >= n_regions:
             raise SinkError(f"{self._outbox.where} has {n_regions} partitions: none for region {output.region}")
-        for piece in self._pieces.cut(output):
-            self._send(piece)
+        yield from self._pieces.cut(output)
+
+    def offer(self, piece: Output, report: Report) -> None:
+        """Take what becomes one record, if there is room now; tell later, while something is taken or heard, its fate.
+
+        Raises
+        ------
+        SinkError
+            There is no room, or it does not fit our wire or a record. Its fate is not told then.
+        """
+        self._send(piece, may_be_lost=True, report=report)
+
+    def hear(self) -> None:
+        """Take what Kafka has said by now; wait for nothing."""
+        self._outbox.hear()
 
     def flush(self) -> None:
         """Return once Kafka has everything.
@@ -112,7 +137,7 @@ class KafkaSink:
         """
         self._outbox.flush()
 
-    def _send(self, output: Output) -> None:
+    def _send(self, output: Output, *, may_be_lost: bool, report: Report | None = None) -> None:
         what, where, limit = _name(output), self._outbox.where, self._outbox.max_record_bytes
         try:
             _, header, payload = encode(output)
@@ -129,7 +154,8 @@ class KafkaSink:
             )
         self._outbox.send(
             what,
-            may_be_lost=isinstance(output, Result) and not output.final,
+            may_be_lost=may_be_lost,
+            report=report,
             partition=output.region,
             key=key_bytes,
             value=bytes(payload),
