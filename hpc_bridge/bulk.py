@@ -14,7 +14,7 @@ the record's::
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import PurePosixPath
@@ -182,9 +182,10 @@ class Bulk:
             )
             _log.info("%s %s: %d files, %s", run.beamline, run.name, len(run.files), run.origin)
             return self._put(run)
+        if noticed.lost and not known.lost and known.origin is Origin.STREAM:
+            return self._lost(known, files, deadline, now)
         if noticed.origin is not Origin.SUBMITTED or known.stage is Stage.DONE:
-            more_lost = noticed.lost and not known.lost and known.ended is None
-            return self._put(replace(known, lost=True)) if more_lost else known
+            return known
         self._requests.clear()
         if known.ended is None:
             return self._put(replace(known, priority=priority, deadline=deadline))
@@ -203,6 +204,24 @@ class Bulk:
         )
         return self._put(_visit(again, None, now))
 
+    def notice_all(self, all_noticed: Iterable[Noticed], files: Files, now: float) -> list[Run]:
+        """Take many runs, or none of them; see `notice`."""
+        before = dict(self._open)
+        try:
+            with self._runs.at_once():
+                return [self.notice(noticed, files, now) for noticed in all_noticed]
+        except ConfigError:
+            self._open = before
+            raise
+
+    def _lost(self, run: Run, files: Files, deadline: float, now: float) -> Run:
+        """Have a run of the stream repaired that seemed complete, also where it is all there and nobody did more."""
+        run = replace(run, lost=True)
+        route = files.sites.get(run.site or "")
+        if run.stage in (Stage.RELEASING, Stage.DONE) and route is not None and route.repair is not None:
+            return self._put(replace(run, stage=Stage.COMPUTING, move=None, since=now, deadline=deadline, ended=None))
+        return run if run.ended is not None else self._put(run)
+
     def cancel(self, beamline: str, name: str, why: str, now: float) -> None:
         """Let a run go; its files stay where they are.
 
@@ -219,7 +238,7 @@ class Bulk:
     def step(self, sight: Sight, now: float) -> list[Order]:
         """See to every run, and return what is to be done with the disk."""
         if now - self._pruned > DAY:
-            self._tasks.prune(now - KEPT)  # before the runs: what has the name of one that is forgotten is computed anew
+            self._tasks.prune(now - KEPT)  # first: who has the name of a run that is forgotten has no task
             self._runs.prune(now - KEPT, now - KEPT_SEEN)
             self._pruned = now
         orders = []

@@ -1,7 +1,6 @@
 """Moves the files of all runs that go by one identity, in a thread of its own: a service may not answer."""
 
 import logging
-import time
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 
-from hpc_bridge.bulk import KEPT, Wanted
+from hpc_bridge.bulk import DAY, KEPT, Wanted
 from hpc_bridge.errors import RecordError
 from hpc_bridge.transfer import Transfer
 from hpc_bridge.transfer_mover import Mover
@@ -52,6 +51,7 @@ class Carrier:
         self._wish: _Wish | None = None
         self._added: dict[str, tuple[int, float, float]] = {}
         self._over: dict[str, Move] = {}
+        self._pruned = 0.0
         self._stop = Event()
         self._error: RecordError | None = None
         self._thread = Thread(target=self._run, name=path.stem, daemon=True)
@@ -90,7 +90,7 @@ class Carrier:
     def _move(self) -> None:
         try:
             with Moves.open(self._path) as moves:
-                moves.prune(time.time() - KEPT)
+                self._pruned = 0.0
                 mover = Mover(moves, self._transfer.most_active, poll=self._poll)
                 self._added.clear()
                 self._over.clear()
@@ -101,6 +101,9 @@ class Carrier:
             _log.exception("%s: this is our own mistake; it begins again", self._path.stem)
 
     def _look(self, moves: Moves, mover: Mover, now: float) -> None:
+        if now - self._pruned > DAY:
+            moves.prune(now - KEPT)
+            self._pruned = now
         wish = self._wish
         if wish is None:
             return

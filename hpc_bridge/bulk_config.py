@@ -1,5 +1,6 @@
 """What the YAML file of a beamline may say of runs that go by file."""
 
+import re
 from collections.abc import Sequence
 from datetime import timedelta
 from os.path import normpath
@@ -91,7 +92,7 @@ class Files(Section):
     patience: Time = timedelta(minutes=10)
     """How long nothing may move to a site until the next one is tried."""
     retry_after: Time = timedelta(seconds=30)
-    """Before a command that failed is tried again, and four times as long before it is tried the third and last time."""
+    """Before a command that failed is tried again, and four times as long before its third and last try."""
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
     """The highest goes first, among all beamlines."""
 
@@ -113,9 +114,5 @@ class Files(Section):
 def words(command: Sequence[str], *, file: str, run: str, result: str) -> list[str]:
     """Return a command for one run."""
     known = {"{file}": file, "{run}": run, "{result}": result}
-    found = []
-    for word in command:
-        for name, value in known.items():
-            word = word.replace(name, value)
-        found.append(word)
-    return found
+    # All at once: a file may be called like one of them.
+    return [re.sub("|".join(map(re.escape, known)), lambda match: known[match[0]], word) for word in command]

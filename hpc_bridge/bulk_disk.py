@@ -1,17 +1,20 @@
 """What is done with the disks of this machine for runs that go by file, in threads of its own: a disk may hang."""
 
 import logging
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, PriorityQueue, SimpleQueue
 from threading import Event, Thread
 
 from hpc_bridge.bulk import Hash, Order
-from hpc_bridge.bulk_files import is_part, known, run_of
+from hpc_bridge.bulk_files import is_name, known, runs_of
 from hpc_bridge.bulk_record import Known, Run
-from hpc_bridge.errors import BridgeError
+from hpc_bridge.transfer import MOST_FILES
+from hpc_bridge.transfer_copy import sync
 from hpc_bridge.transfer_digest import BLOCK, sha256
 
 _log = logging.getLogger(__name__)
@@ -24,6 +27,9 @@ STILL = 5.0
 
 _EVERY = 1.0
 """Between looks at a drop folder (s)."""
+
+MOST_COMPLAINTS = 20
+"""Of what lies in a drop folder, at one look."""
 
 _TELL = 5.0
 """Between tellings of how far the hashing of a run is (s)."""
@@ -62,48 +68,63 @@ class _Stopped(Exception):
     """The thread is to end."""
 
 
+_Orders = PriorityQueue[tuple[int, float, int, Order]]
+
+
 class Disk:
-    """Carries out orders, one at a time, that of the highest priority first.
+    """Carries out orders: of each beamline one of a kind at a time, that of the highest priority first.
+
+    Beamlines do not wait for each other, since the disk of one may hang; nor does a spool that wants room wait until
+    some long run is read.
 
     Attributes
     ----------
     read
-        Bytes of the run that is being read that are read already, with its key.
+        Bytes that are read already, of each run that is being read.
     """
 
     def __init__(self) -> None:
         self.answers: SimpleQueue[Answer] = SimpleQueue()
-        self.read: tuple[tuple[str, str] | None, int] = None, 0
-        self._orders: PriorityQueue[tuple[int, float, int, Order]] = PriorityQueue()
+        self.read: dict[tuple[str, str], int] = {}
+        self._lanes: dict[tuple[str, type[Order]], tuple[_Orders, Thread]] = {}
         self._n = 0
         self._stop = Event()
-        self._thread = Thread(target=self._carry_out, name="disk", daemon=True)
-        self._thread.start()
 
     def close(self) -> None:
         """End; what is under way is begun again by the next one."""
         self._stop.set()
-        self._thread.join(5)
+        deadline = time.monotonic() + 5
+        for _, thread in self._lanes.values():
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def order(self, order: Order) -> None:
         """Have something done."""
+        lane = order.run.beamline, type(order)
+        if lane not in self._lanes:
+            orders: _Orders = PriorityQueue()
+            thread = Thread(target=self._carry_out, args=(orders,), name=f"disk {order.run.beamline}", daemon=True)
+            self._lanes[lane] = orders, thread
+            thread.start()
         self._n += 1
-        self._orders.put((-order.run.priority, order.run.created, self._n, order))
+        self._lanes[lane][0].put((-order.run.priority, order.run.created, self._n, order))
 
-    def _carry_out(self) -> None:
+    def _carry_out(self, orders: _Orders) -> None:
         while not self._stop.is_set():
             try:
-                *_, order = self._orders.get(timeout=0.2)
+                *_, order = orders.get(timeout=0.2)
             except Empty:
                 continue
             try:
-                self.answers.put(self._hash(order.run) if isinstance(order, Hash) else _release(order.run))
+                answer = self._hash(order.run) if isinstance(order, Hash) else _release(order.run)
             except OSError as error:
-                self.answers.put(Failed(order.run.key, f"{error.filename or order.run.folder}: {error.strerror}"))
+                answer = Failed(order.run.key, f"{error.filename or order.run.folder}: {error.strerror}")
+            except ValueError as error:  # a name that no file can have
+                answer = Failed(order.run.key, f"{order.run.folder}: {error}")
             except _Stopped:
                 return
-            finally:
-                self.read = None, 0
+            if isinstance(order, Hash):
+                self.read.pop(order.run.key, None)
+            self.answers.put(answer)
 
     def _hash(self, run: Run) -> Answer:
         files: list[Known] = []
@@ -112,8 +133,8 @@ class Disk:
             path = Path(run.folder / file.name)
             before = known(path)
             digest = file.sha256 if replace(before, name=file.name, sha256=file.sha256) == file else ""
-            self.read = run.key, sum(each.size for each in files)
-            found = replace(before, name=file.name, sha256=digest or sha256(path, self._go_on))
+            self.read[run.key] = sum(each.size for each in files)
+            found = replace(before, name=file.name, sha256=digest or sha256(path, lambda: self._go_on(run.key)))
             if known(path) != before:
                 return Failed(run.key, f"{path}: it is still written")
             files.append(found)
@@ -122,15 +143,21 @@ class Disk:
                 self.answers.put(Hashed(key=run.key, files=(*files, *run.files[n + 1 :]), is_all=False))
         return Hashed(key=run.key, files=tuple(files), is_all=True)
 
-    def _go_on(self) -> None:
-        key, n_bytes = self.read
-        self.read = key, n_bytes + BLOCK
+    def _go_on(self, key: tuple[str, str]) -> None:
+        self.read[key] += BLOCK
         if self._stop.is_set():
             raise _Stopped
 
 
 def _release(run: Run) -> Answer:
-    (Path(run.folder) / SAFE).touch()
+    folder = Path(run.folder)
+    try:
+        (folder / SAFE).touch()
+        sync(folder)
+    except FileNotFoundError:
+        if not folder.parent.is_dir():  # the spool itself is away
+            raise
+        _log.warning("%s: the run is not there any more", folder)
     return Released(run.key)
 
 
@@ -147,14 +174,15 @@ class Dropped:
 class DropFolder:
     """Watches a folder: a file that has a name of HDF5 and has not changed for a while is a run.
 
-    It is told of once by each process, whoever asks knows what he has.
+    It is told of once by each process, whoever asks knows what he has. Links are not followed: who may put something
+    there may not read for that all that we may read.
     """
 
     def __init__(self, beamline: str, folder: Path, found: "SimpleQueue[Dropped]", *, still: float = STILL) -> None:
         self._beamline, self._folder, self._found, self._still = beamline, folder, found, still
         self._seen: dict[str, tuple[Sequence[Known], float]] = {}
         self._told: dict[str, Sequence[Known]] = {}
-        self._complained = ""
+        self._complaints: set[str] = set()
         self._stop = Event()
         self._thread = Thread(target=self._watch, name=f"drop {beamline}", daemon=True)
         self._thread.start()
@@ -167,23 +195,40 @@ class DropFolder:
     def _watch(self) -> None:
         while not self._stop.is_set():
             try:
-                self._look()
-                self._complained = ""
-            except (OSError, BridgeError) as error:
-                if str(error) != self._complained:
-                    self._complained = str(error)
-                    _log.warning("%s: %s", self._beamline, error)
+                complaints = set(self._look())
+            except OSError as error:
+                complaints = {f"{self._folder}: {error.strerror}"}
+            for new in sorted(complaints - self._complaints)[:MOST_COMPLAINTS]:
+                _log.warning("%s: %s", self._beamline, new)
+            self._complaints = complaints
             self._stop.wait(_EVERY)
 
-    def _look(self) -> None:
-        names = {path.name for path in self._folder.iterdir() if _may_be_run(path.name)}
-        for gone in (self._seen.keys() | self._told.keys()) - names:
+    def _look(self) -> Iterator[str]:
+        """Look; give what is wrong with what lies there: that keeps no other run."""
+        there: dict[str, Known] = {}
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                if not entry.name.endswith(SUFFIXES) or entry.name.startswith("."):
+                    continue
+                if not is_name(entry.name):
+                    yield f"{self._folder}: {entry.name!r:.300} is no name of a file that is taken"
+                elif not entry.is_file(follow_symlinks=False):
+                    yield f"{self._folder}: {entry.name} is not taken: it is no file, but a link, a folder or a device"
+                else:
+                    with suppress(FileNotFoundError):  # it is gone meanwhile
+                        found = entry.stat(follow_symlinks=False)
+                        there[entry.name] = Known(entry.name, found.st_size, found.st_mtime_ns)
+        runs = runs_of(there)
+        for gone in (self._seen.keys() | self._told.keys()) - runs.keys():
             self._seen.pop(gone, None)
             self._told.pop(gone, None)
-        for name in sorted(names):
-            run, folder, files = run_of(self._folder / name)
+        for name, (run, names) in runs.items():
+            files = tuple(there[each] for each in names)
             now = time.monotonic()
             if files == self._told.get(name):
+                continue
+            if len(files) > MOST_FILES:
+                yield f"{self._folder}: {name}: {len(files)} files are more than the {MOST_FILES:,} that a run may have"
                 continue
             before, since = self._seen.get(name, ((), now))
             if files != before:
@@ -192,8 +237,4 @@ class DropFolder:
             if now - since >= self._still:
                 self._told[name] = files
                 del self._seen[name]
-                self._found.put(Dropped(self._beamline, run, str(folder), files))
-
-
-def _may_be_run(name: str) -> bool:
-    return name.endswith(SUFFIXES) and not name.startswith(".") and not is_part(name)
+                self._found.put(Dropped(self._beamline, run, str(self._folder), files))

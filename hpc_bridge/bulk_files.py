@@ -1,14 +1,17 @@
 """Which files are a run."""
 
+import errno
 import re
+import stat
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from hpc_bridge.bulk_record import Known
 from hpc_bridge.errors import ConfigError
+from hpc_bridge.transfer import File
 
 _MASTER = re.compile(r"(.+)_master\.(h5|hdf5|hdf)")
-_PART = re.compile(r".+_data_\d+\.(h5|hdf5|hdf)")
+_PART = re.compile(r"(.+)_data_\d+\.(h5|hdf5|hdf)")
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -21,9 +24,26 @@ def is_part(name: str) -> bool:
     return _PART.fullmatch(name) is not None
 
 
+def is_name(name: str) -> bool:
+    """Tell whether a file of a run may have this name: one that can be asked of anybody who moves files."""
+    try:
+        File(name=name, size=0, sha256="0" * 64)
+    except ValueError:
+        return False
+    return True
+
+
 def known(path: Path) -> Known:
-    """Return what is seen of a file."""
+    """Return what is seen of a file.
+
+    Raises
+    ------
+    OSError
+        There is none, or it is none that can be read to its end: a pipe, a device, a folder.
+    """
     found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
     return Known(path.name, found.st_size, found.st_mtime_ns)
 
 
@@ -50,6 +70,22 @@ def run_of(path: Path) -> tuple[str, PurePosixPath, tuple[Known, ...]]:
         return match[1], PurePosixPath(path.parent), _known(path.parent, names)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
+
+
+def runs_of(names: Iterable[str]) -> dict[str, tuple[str, list[str]]]:
+    """Return the runs of a folder: by the file that is opened the name of the run, and all its files."""
+    names = sorted(names)
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        if (part := _PART.fullmatch(name)) is not None:
+            parts.setdefault(part[1], []).append(name)
+    found = {}
+    for name in names:
+        if (master := _MASTER.fullmatch(name)) is not None:
+            found[name] = master[1], [name, *parts.get(master[1], ())]
+        elif not is_part(name):
+            found[name] = PurePosixPath(name).stem, [name]
+    return found
 
 
 def _known(folder: Path, names: Iterable[str]) -> tuple[Known, ...]:

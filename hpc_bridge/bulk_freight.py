@@ -2,13 +2,12 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -16,7 +15,7 @@ from hpc_bridge.bulk import Bulk, Noticed, Routes, Sight, Wanted
 from hpc_bridge.bulk_carrier import Carrier
 from hpc_bridge.bulk_config import Files
 from hpc_bridge.bulk_disk import STILL, Disk, DropFolder, Dropped, Failed, Hashed, Released
-from hpc_bridge.bulk_gateway import Gateway
+from hpc_bridge.bulk_gateway import Gateway, Nodes, Watch
 from hpc_bridge.bulk_pointed import PointedFiles
 from hpc_bridge.bulk_record import Known, Origin, Run, Runs
 from hpc_bridge.bulk_report import report_run
@@ -32,6 +31,11 @@ MOST_RUNS = 10_000
 
 SHOWN = 20
 """Runs of a beamline that are over."""
+
+AT_ONCE = 20
+"""Answers and runs of each kind that are taken in one step."""
+
+_T = TypeVar("_T")
 
 
 class SubmittedFile(Section):
@@ -51,8 +55,8 @@ class SubmittedRun(Section):
 
     @model_validator(mode="after")
     def _is_sound(self) -> "SubmittedRun":
-        if not self.folder.is_absolute():
-            raise ValueError(f"folder: {self.folder} is not absolute")
+        if not self.folder.is_absolute() or not str(self.folder).isprintable():
+            raise ValueError(f"folder: {str(self.folder)!r} is no absolute path that can be asked for")
         for file in self.files:  # what will be asked for has to be one that can be
             File(name=file.name, size=file.size, sha256="0" * 64)
         return self
@@ -66,15 +70,6 @@ class Submission(Section):
     site: Name | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
     is_named: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Nodes:
-    """What matters here of the nodes for a beamline's stream."""
-
-    heard_at: float | None
-    """When the pilot that serves was heard of that was heard of last; None: none serves."""
-    is_wanted: bool
 
 
 class Freight:
@@ -152,9 +147,7 @@ class Freight:
         """See to the files of a beamline from now on, as was prepared; None: no more."""
         before = self._held.pop(beamline, None)
         if before is not None:
-            before.close()
-            if routes is None and before.gateway is not None:
-                before.gateway.let_go()
+            before.close(let_go=routes is None)
         if routes is not None:
             self._held[beamline] = _Held(beamline, routes, self._dropped, self._state)
         if routes is None or not routes.files.roots:
@@ -196,7 +189,8 @@ class Freight:
         for beamline, held in self._held.items():
             of_stream = nodes.get(beamline)
             if held.gateway is not None and of_stream is not None:
-                for noticed in held.gateway.look(now, heard_at=of_stream.heard_at, is_wanted=of_stream.is_wanted):
+                held.gateway.see(now, of_stream)
+                for noticed in _taken_from(held.gateway.noticed):
                     self._bulk.notice(noticed, held.routes.files, now)
             if held.pointed is not None:
                 for noticed in held.pointed.look(now):
@@ -222,23 +216,20 @@ class Freight:
             The beamline is not held, or says nothing of files; a site or a name that cannot be.
         """
         routes, now = self._routes(submission.beamline), time.time()
-        return [
-            self._bulk.notice(
-                Noticed(
-                    beamline=submission.beamline,
-                    run=run.run,
-                    origin=Origin.SUBMITTED,
-                    folder=run.folder,
-                    files=tuple(Known(file.name, file.size, file.mtime_ns) for file in run.files),
-                    site=submission.site,
-                    priority=submission.priority,
-                    is_named=submission.is_named,
-                ),
-                routes.files,
-                now,
+        noticed = (
+            Noticed(
+                beamline=submission.beamline,
+                run=run.run,
+                origin=Origin.SUBMITTED,
+                folder=run.folder,
+                files=tuple(Known(file.name, file.size, file.mtime_ns) for file in run.files),
+                site=submission.site,
+                priority=submission.priority,
+                is_named=submission.is_named,
             )
             for run in submission.runs
-        ]
+        )
+        return self._bulk.notice_all(noticed, routes.files, now)
 
     def cancel(self, beamline: str, names: Iterable[str]) -> None:
         """Let runs go.
@@ -276,9 +267,9 @@ class Freight:
         runs = [run for run in self._bulk.open_runs if run.beamline == beamline] + self._bulk.last(beamline, SHOWN)
         plane = None
         if held.gateway is not None and held.routes.files.plane is not None:
-            switch = held.gateway.switch
+            switch = held.gateway.gateway.switch
             plane = {"plane": switch.plane.value, "why": switch.why, "since": switch.since}
-        trouble = held.gateway.trouble if held.gateway is not None else ""
+        trouble = held.gateway.gateway.trouble if held.gateway is not None else ""
         return {
             "plane": plane,
             "trouble": trouble,
@@ -287,9 +278,9 @@ class Freight:
 
     def _report(self, run: Run, routes: Routes, moves: Mapping[str, Move], now: float) -> dict[str, Any]:
         move = None if run.move is None or run.ended is not None else moves.get(run.move)
-        key, n_bytes = self._disk.read
-        read = n_bytes if key == run.key else 0
-        return report_run(run, move, read=read, results=PurePosixPath(routes.files.results), now=now)
+        return report_run(
+            run, move, read=self._disk.read.get(run.key, 0), results=PurePosixPath(routes.files.results), now=now
+        )
 
     def _routes(self, beamline: str) -> Routes:
         held = self._held.get(beamline)
@@ -302,11 +293,7 @@ class Freight:
         return {name: move for _, carrier in self._carriers.values() for name, move in carrier.seen.items()}
 
     def _take_answers(self, now: float) -> None:
-        while True:
-            try:
-                answer = self._disk.answers.get_nowait()
-            except Empty:
-                break
+        for answer in _taken_from(self._disk.answers):
             match answer:
                 case Hashed(key=key, files=files, is_all=True):
                     self._bulk.hashed(key, files, now)
@@ -316,11 +303,7 @@ class Freight:
                     self._bulk.released(key, now)
                 case Failed(key, why):
                     self._bulk.failed(key, why, now)
-        while True:
-            try:
-                dropped = self._dropped.get_nowait()
-            except Empty:
-                return
+        for dropped in _taken_from(self._dropped):
             if (held := self._held.get(dropped.beamline)) is not None:
                 noticed = Noticed(
                     beamline=dropped.beamline,
@@ -332,6 +315,15 @@ class Freight:
                 self._bulk.notice(noticed, held.routes.files, now)
 
 
+def _taken_from(queue: "SimpleQueue[_T]") -> Iterator[_T]:
+    """Give what is in a queue, but not so much that others wait for long: each is written to disk."""
+    for _ in range(AT_ONCE):
+        try:
+            yield queue.get_nowait()
+        except Empty:
+            return
+
+
 class _Held:
     """A beamline."""
 
@@ -339,16 +331,18 @@ class _Held:
         self.routes, files = routes, routes.files
         self.gateway = None
         if files.gateway is not None:
-            self.gateway = Gateway(beamline, files.gateway, files.plane, files.switch, files.send)
+            self.gateway = Watch(Gateway(beamline, files.gateway, files.plane, files.switch, files.send), beamline)
         self._drop = None if files.drop is None else DropFolder(beamline, files.drop, dropped)
         self.pointed = None
         if files.roots:
             within, record = files.deadline.total_seconds(), _pointed(state, beamline)
             self.pointed = PointedFiles(beamline, files.roots, record, within=within, still=STILL)
 
-    def close(self) -> None:
+    def close(self, *, let_go: bool = False) -> None:
         if self._drop is not None:
             self._drop.close()
+        if self.gateway is not None:
+            self.gateway.close(let_go=let_go)
         if self.pointed is not None:
             self.pointed.close()
 

@@ -4,15 +4,17 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path, PurePosixPath
+from queue import SimpleQueue
+from threading import Event, Thread
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
 from hpc_bridge.bulk import Noticed
-from hpc_bridge.bulk_files import in_order
+from hpc_bridge.bulk_files import in_order, is_name
 from hpc_bridge.bulk_record import Known, Origin
 from hpc_bridge.switch import Measured, Plane, Switch, Switching, begin, decide
 
@@ -22,6 +24,9 @@ MAX_BYTES = 2**23
 
 STALE = 10.0
 """What the gateway told so long ago (s) is not how it is."""
+
+_PACE = 0.1
+"""Between looks whether it is time for a look (s)."""
 
 _Count = Annotated[int, Field(ge=0, le=2**53)]
 _Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
@@ -39,7 +44,11 @@ class _Run(BaseModel):
     path: Annotated[str, Field(max_length=4096)] | None = None
     files: Annotated[list[_Text], Field(max_length=10_000)] = []
     ended: bool = False
+    exit_status: _Text | None = ""
+    """None: it was told that there is none, as of a run whose gateway was killed."""
     lost: _Count | None = None
+    unsent: _Count | None = None
+    """Frames that went by file only."""
     planes: Annotated[list[_Text], Field(max_length=10)] = []
     unsafe: bool = False
     """Workers do not have all of it safe, which they may yet have."""
@@ -82,7 +91,9 @@ class Gateway:
         self._taken: set[tuple[str, bool]] = set()
         """Runs that were told of, and whether frames of them were lost."""
         self._due = 0.0
-        self._complained = ""
+        self._complained: dict[Path, str] = {}
+        self._is_told = True
+        """The plane file says what was decided."""
         self._waits_since: float | None = None
         self._spool_lost = 0
         self._spool_lost_at = -inf
@@ -104,7 +115,7 @@ class Gateway:
         if 0 < self._due - now <= self._settings.look.total_seconds():
             return []
         self._due = now + self._settings.look.total_seconds()
-        self._read()
+        self._read(now)
         self._look_at_spool(now)
         if self._plane is not None:
             self._decide(now, heard_at, is_wanted=is_wanted)
@@ -116,21 +127,23 @@ class Gateway:
             try:
                 self._plane.unlink(missing_ok=True)
             except OSError as error:
-                self._complain(f"{self._plane}: {error.strerror}")
+                self._complain(self._plane, str(error.strerror))
 
-    def _read(self) -> None:
+    def _read(self, now: float) -> None:
         try:
             found = self._status.stat()
-            self._told_at = found.st_mtime
-            if (found.st_ino, found.st_mtime_ns) == self._seen:
+            seen = found.st_ino, found.st_mtime_ns
+            if seen == self._seen:
                 return
-            self._seen = found.st_ino, found.st_mtime_ns
+            # What changes is new, by whatever clock; only of what lies there at first nothing else is known.
+            at, self._seen = now if self._seen is not None else min(now, found.st_mtime), seen
             self._told = _told(self._status)
-            self._complained = ""
+            self._told_at = at
+            self._complain(self._status, "")
         except FileNotFoundError:
-            self._told = None
+            self._told = self._seen = None
         except (OSError, ValueError) as error:
-            self._complain(f"{self._status}: {_line(error)}")
+            self._complain(self._status, _line(error))
 
     def _look_at_spool(self, now: float) -> None:
         if self._told is None or now - self._told_at > STALE:
@@ -162,6 +175,8 @@ class Gateway:
         if (self.switch.plane, self.switch.why) != (before.plane, before.why):
             why = f": {self.switch.why}" if self.switch.why else ""
             _log.warning('%s: frames go by "%s"%s', self._beamline, self.switch.plane, why)
+            self._is_told = False
+        if not self._is_told:
             self._tell()
 
     def _measured(self, now: float, heard_at: float | None) -> Measured:
@@ -184,22 +199,35 @@ class Gateway:
     def _ended(self) -> Iterator[Noticed]:
         assert self._told is not None  # noqa: S101 - of `look`
         spool = self._told.spool
+        self._taken &= {(run.path or "", lost) for run in self._told.runs for lost in (False, True)}
         for run in self._told.runs:
-            is_late = run.unsafe and self.switch.plane is not Plane.STREAM
-            lost = is_late or bool(run.lost) or any(plane != Plane.STREAM for plane in run.planes)
-            if spool is None or run.path is None or not run.ended or run.safe or not run.files:
+            lost = self._is_lost(run)
+            if spool is None or run.path is None or not run.ended or not run.files:
+                continue
+            if run.safe and not (lost and (run.path, False) in self._taken):  # unless it was us who said so too early
                 continue
             if (run.path, lost) in self._taken or not (lost or self._send == "always"):
                 continue
             self._taken.add((run.path, lost))
             path = PurePosixPath(run.path)
-            if path.parent != PurePosixPath(spool.directory) or ".." in path.parts:
-                self._complain(f"{self._status}: run {run.run}: {path} is not in {spool.directory}")
+            if path.parent != PurePosixPath(spool.directory) or ".." in path.parts or not run.path.isprintable():
+                self._complain(self._status, f"run {run.run!r:.100}: {run.path!r:.200} is not in {spool.directory}")
+                continue
+            if (bad := next((name for name in run.files if not is_name(name)), None)) is not None:
+                self._complain(self._status, f"run {run.run!r:.100}: {bad!r:.200} is no name of a file of it")
                 continue
             files = tuple(Known(name, 0, 0) for name in in_order(run.files))
             yield Noticed(
                 beamline=self._beamline, run=run.run, origin=Origin.STREAM, folder=path, files=files, lost=lost
             )
+
+    def _is_lost(self, run: _Run) -> bool:
+        """Tell whether some of a run may not have come through the stream, and is to be taken from its files."""
+        was_killed = run.exit_status is None
+        is_late = run.unsafe and self.switch.plane is not Plane.STREAM
+        # Where it is not known what workers lack, it is when they were heard of too little that tells.
+        is_doubted = None in (run.lost, run.unsent) and any(plane != Plane.STREAM for plane in run.planes)
+        return was_killed or is_late or bool(run.lost) or bool(run.unsent) or is_doubted
 
     def _as_before(self, now: float) -> Switch:
         """Return how a manager before us left it, so that nothing changes because there is a new one."""
@@ -213,7 +241,7 @@ class Gateway:
     def _tell(self) -> None:
         """Write the file of the plane.
 
-        One that cannot be written is complained of, and written at the next change.
+        One that cannot be written is complained of, and written at the next look.
         """
         if self._plane is None:
             return
@@ -222,13 +250,66 @@ class Gateway:
         try:
             temporary.write_text(json.dumps(told))
             temporary.replace(self._plane)
+            self._is_told = True
+            self._complain(self._plane, "")
         except OSError as error:
-            self._complain(f"{self._plane}: {error.strerror}")
+            self._complain(self._plane, str(error.strerror))
 
-    def _complain(self, why: str) -> None:
-        if why != self._complained:
-            _log.error("%s: %s", self._beamline, why)
-        self._complained = why
+    def _complain(self, file: Path, why: str) -> None:
+        """Say what is wrong with a file, once; nothing is."""
+        if why and why != self._complained.get(file):
+            _log.error("%s: %s: %s", self._beamline, file, why)
+        self._complained[file] = why
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nodes:
+    """What matters here of the nodes for a beamline's stream."""
+
+    heard_at: float | None
+    """When the pilot that serves was heard of that was heard of last; None: none serves."""
+    is_wanted: bool
+
+
+class Watch:
+    """Looks at a gateway in a thread of its own: its files may be on a disk that hangs.
+
+    Attributes
+    ----------
+    gateway
+        That is looked at.
+    noticed
+        Runs that are to go by file.
+    """
+
+    def __init__(self, gateway: Gateway, name: str) -> None:
+        self.gateway = gateway
+        self.noticed: SimpleQueue[Noticed] = SimpleQueue()
+        self._known: tuple[float, Nodes] | None = None
+        self._stop = Event()
+        self._lets_go = False
+        self._thread = Thread(target=self._watch, name=f"gateway {name}", daemon=True)
+        self._thread.start()
+
+    def see(self, now: float, nodes: Nodes) -> None:
+        """Take how nodes are now."""
+        self._known = now, nodes
+
+    def close(self, *, let_go: bool) -> None:
+        """Look no more, and decide no more if it is let go; a disk that hangs is left to itself."""
+        self._lets_go = let_go
+        self._stop.set()
+        self._thread.join(2)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_PACE):
+            if self._known is not None:
+                # By the time of those who told: while they hear nobody, no pilot is silent.
+                now, nodes = self._known
+                for each in self.gateway.look(now, heard_at=nodes.heard_at, is_wanted=nodes.is_wanted):
+                    self.noticed.put(each)
+        if self._lets_go:
+            self.gateway.let_go()
 
 
 def _told(path: Path) -> Told:

@@ -166,7 +166,7 @@ class PointedFiles:
         return {run: pointed.uris for run, pointed in self._runs.items() if pointed.ended is not None}
 
     def _of_uri(self, uri: str) -> tuple[Path, Path]:
-        """Return the root of a ``file://localhost/path``, and where the file is here, as it is called."""
+        """Return the root of a ``file://localhost/path``, and where the file is here; links may yet lead elsewhere."""
         try:
             parts = urlsplit(uri)
         except ValueError:
@@ -175,7 +175,7 @@ class PointedFiles:
         if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
             raise ConfigError(f"{uri[:200]!r} is not file://localhost/...")
         inside = [called for called in self._roots if there.is_relative_to(called)]
-        if not inside or ".." in there.parts or not str(there).isprintable():
+        if not inside or not str(there).isprintable():
             raise ConfigError(f"{uri[:200]!r} is in no directory of roots: {', '.join(map(str, self._roots))}")
         called = max(inside, key=lambda each: len(each.parts))
         return self._roots[called], self._roots[called] / there.relative_to(called)
@@ -212,8 +212,8 @@ class PointedFiles:
         """Give a file, and the parts beside it if it is a master; those that may not be taken are left, and said."""
         root, called = self._of_uri(uri)
         root, path = root.resolve(strict=True), called.resolve(strict=True)
-        if not path.is_relative_to(root) or not path.is_file():
-            self._complain(run, f"{called} is no file in {root}: it is left")
+        if not path.is_file():
+            self._complain(run, f"{called} is no file: it is left")
             return
         _, folder, files = run_of(path)
         for file in files:

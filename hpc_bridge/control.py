@@ -116,7 +116,7 @@ def _see_that_it_is_there(state: Path, address: str) -> None:
 def _object(text: bytes) -> Mapping[str, Any]:
     try:
         read = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BridgeError("not JSON") from None
     if not isinstance(read, dict):
         raise BridgeError("not a JSON object")

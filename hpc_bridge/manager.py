@@ -17,7 +17,8 @@ from typing import Any, Self
 
 from hpc_bridge.assembly import job_of, keys_of, scheduler_of
 from hpc_bridge.bulk import Routes
-from hpc_bridge.bulk_freight import Freight, Nodes, Submission
+from hpc_bridge.bulk_freight import Freight, Submission
+from hpc_bridge.bulk_gateway import Nodes
 from hpc_bridge.config import Beamline, Site, checked
 from hpc_bridge.control import Control
 from hpc_bridge.demand import Demand, FilesDemand

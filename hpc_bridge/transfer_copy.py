@@ -59,7 +59,7 @@ def _copy(source: Path, target: Path, file: File, task: Task) -> None:
                 f"{target}: arrived with sha256 {digest} instead of {file.sha256}; {source} has {size} bytes"
             )
         part.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _fill(reading: FileIO, writing: FileIO, begin: int, file: File, part: Path, task: Task) -> str:
@@ -86,7 +86,8 @@ def _is(target: Path, file: File, task: Task) -> bool:
         return False
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """See that the names in a folder are on disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from stream import checkpoint
 from stream.backfill_file import RunFile
 from stream.correlators import Make
-from stream.errors import CheckpointError, ConfigError
+from stream.errors import CheckpointError, ConfigError, SourceError
 from stream.ingest.hdf5 import Hdf5Source
 from stream.merger import MOST_REGIONS
 from stream.messages import Arrays, FrameBatch, Message, Output, Position, Result, RunStart, RunStop
@@ -34,6 +34,9 @@ _log = logging.getLogger(__name__)
 
 NEVER = 1e9
 """Seconds between partial sums, where only the last ones are wanted."""
+
+PATIENCE = 60.0
+"""Seconds for the end of the log of partial sums, from when nothing more waits in it."""
 
 SAY = 5.0
 """Seconds between two words of how far it is."""
@@ -59,7 +62,13 @@ class RunLog:
 
 
 def published(plane: Plane, run: str, stop: threading.Event) -> dict[Key, RunLog]:
-    """Read what has been published up to now of runs of a name, by name and start_time, without acknowledging it."""
+    """Read what has been published up to now of runs of a name, by name and start_time, without acknowledging it.
+
+    Raises
+    ------
+    SourceError
+        The mark at the end of the log does not come back: a gateway over ZeroMQ was started anew meanwhile.
+    """
     mark = f"end of log {uuid.uuid4().hex}"
     found: dict[Key, RunLog] = {}
     origins = Origins()
@@ -69,7 +78,15 @@ def published(plane: Plane, run: str, stop: threading.Event) -> dict[Key, RunLog
             # Final, so that it is not lost; of a run that nobody knows, so that mergers leave it alone.
             log.write(Result(run=mark, region=region, operator="mark", n_frames=0, final=True, arrays={}))
         log.flush()
+        deadline, has_come = time.monotonic() + PATIENCE, True
         for message in results:
+            # Where one follows the other there is more to be read; else it is what workers publish now.
+            if message is not None and has_come:
+                deadline = time.monotonic() + PATIENCE
+            elif time.monotonic() > deadline:
+                waiting = f"the end of the log of partial sums did not come in {PATIENCE:g} s"
+                raise SourceError(f"plane of {plane.beamline}: {waiting}: is its gateway another one now? Try again")
+            has_come = message is not None
             if isinstance(message, Result) and message.run == mark:
                 waits_for.discard(message.region)
             elif isinstance(message, RunStart | Result | RunStop) and (origin := origins.of(message)) is not None:
@@ -102,16 +119,17 @@ def of_file(found: Mapping[Key, RunLog], file: RunFile) -> RunLog:
 
 
 def wanted(log: RunLog, file: RunFile, n_regions: int) -> tuple[list[int], list[int]]:
-    """Return the regions to recompute, and those that lost frames of which the file has none."""
+    """Return the regions to recompute, and those that are not whole and of which the file has no more frames."""
     recompute, hopeless = [], []
     for region in range(n_regions):
         streamed, repaired = log.streamed.get(region), log.repaired.get(region)
         is_repaired = repaired is not None and repaired.stop is not None and repaired.ledger
         if repaired is not None and is_repaired and int(repaired.ledger["received"]) >= file.received:
             continue
-        if streamed is None or streamed.stop is None or not streamed.ledger or file.has_of(streamed.ledger):
+        is_known = streamed is not None and streamed.stop is not None and streamed.ledger
+        if streamed is None or not is_known or file.received > int(streamed.ledger["received"]):
             recompute.append(region)
-        elif int(streamed.ledger["lost"]):
+        elif int(streamed.ledger["lost"]) or (streamed.stop is not None and streamed.stop.exit_status == "fail"):
             hopeless.append(region)
     return recompute, hopeless
 
@@ -391,7 +409,7 @@ def backfill(
     ends = [each.stop.n_frames for each in log.streamed.values() if each.stop is not None]
     with plane.partials(stop) as partials:
         if hopeless:
-            say(f"run {run}: region {_listed(hopeless)} lost frames that are not in {file.path} either")
+            say(f"run {run}: {file.path} has no more frames than came of region {_listed(hopeless)}")
             _publish_hopeless(Repairs(partials, cut, hopeless, is_all=file.is_all), start, file)
         if not regions:
             return True

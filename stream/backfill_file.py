@@ -45,16 +45,7 @@ class RunFile:
     @property
     def received(self) -> int:
         """Frames that are in it."""
-        return self.n_frames - _total(self.lost)
-
-    def has_of(self, ledger: Arrays) -> int:
-        """Return how many frames the file has of those that are lost in a ledger, or are after its end."""
-        end = int(ledger["next_frame"])
-        wanted = ledger["lost_spans"].reshape(-1, 2)
-        if end < self.n_frames:
-            wanted = np.concatenate([wanted, [[end, self.n_frames]]])
-        wanted = np.minimum(wanted, self.n_frames)
-        return _total(wanted) - _common(wanted, self.lost)
+        return self.n_frames - int((self.lost[:, 1] - self.lost[:, 0]).sum())
 
 
 def find(source: Path, run: str) -> Path:
@@ -69,9 +60,10 @@ def find(source: Path, run: str) -> Path:
         if not source.exists():
             raise ConfigError(f"{source}: no such file")
         return source
-    masters = sorted(source.glob("*_master.h5"))
+    # One whose name begins with a dot is being written, or was when a gateway was killed.
+    masters = sorted(source.glob("[!.]*_master.h5"))
     if len(masters) != 1:
-        masters = [path for path in [*masters, *sorted(source.glob("*/*_master.h5"))] if _name(path) == run]
+        masters = [path for path in [*masters, *sorted(source.glob("*/[!.]*_master.h5"))] if _name(path) == run]
     if len(masters) != 1:
         found = ", ".join(map(str, masters)) or "there is none"
         raise ConfigError(f"{source}: one file of run {run} is needed: {found}")
@@ -114,19 +106,3 @@ def _spooled(path: Path) -> dict[str, int] | None:
             return {name: int(file["entry/ledger"][name][()]) for name in ("received", "spooled")}
     except (OSError, KeyError, TypeError, ValueError):
         return None
-
-
-def _total(spans: Spans) -> int:
-    return int((spans[:, 1] - spans[:, 0]).sum())
-
-
-def _common(some: Spans, others: Spans) -> int:
-    """Return how many frames are in both."""
-    before = np.concatenate([[0], np.cumsum(others[:, 1] - others[:, 0])])
-
-    def below(frames: NDArray[np.int64]) -> NDArray[np.int64]:
-        which = np.searchsorted(others[:, 0], frames, side="right")
-        beyond = np.where(which > 0, others[np.maximum(which, 1) - 1, 1] - frames, 0) if len(others) else 0
-        return before[which] - np.maximum(beyond, 0)
-
-    return int((below(some[:, 1]) - below(some[:, 0])).sum())

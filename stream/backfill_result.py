@@ -1,15 +1,14 @@
 """A result file whose frames did not all come, computed anew from the file of its run."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import h5py
 import numpy as np
-from numpy.typing import NDArray
 
 from stream import checkpoint
 from stream.backfill import Nowhere, OfRun, Say
@@ -23,8 +22,10 @@ from stream.pipeline import Pipeline
 from stream.protocols import Sink
 
 
-def ledger_of(result: Path) -> Mapping[str, NDArray[Any]] | None:
-    """Return the ledger of a result file; None if there is no such file.
+def received_of(result: Path) -> tuple[int, int, bool] | None:
+    """Return how many frames a result file is of, how many of them came from a file, and whether regions are missing.
+
+    None if there is no such file.
 
     Raises
     ------
@@ -35,8 +36,11 @@ def ledger_of(result: Path) -> Mapping[str, NDArray[Any]] | None:
         return None
     try:
         with h5py.File(result, "r") as file:
-            return {name: dataset[()] for name, dataset in file["xpcs/ledger"].items()}
-    except (OSError, KeyError, AttributeError) as error:
+            ledger = file["xpcs/ledger"]
+            from_file = int(ledger["from_file"][()]) if "from_file" in ledger else 0
+            lacks_regions = "missing_regions" in ledger and bool(ledger["missing_regions"].size)
+            return int(ledger["received"][()]), from_file, lacks_regions
+    except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"{result}: its ledger cannot be read: {error}") from None
 
 
@@ -46,7 +50,7 @@ class Late:
     Parameters
     ----------
     received
-        Frames that had come before.
+        Frames that came in the stream.
     """
 
     def __init__(self, sink: Sink, received: int) -> None:
@@ -92,31 +96,31 @@ def recompute(
     say: Say,
     stop: threading.Event,
 ) -> bool:
-    """Compute a run from its file if that has frames that its result lacks; return whether that is done.
+    """Compute a run from its file if that has more frames than its result; return whether that is done.
 
     Raises
     ------
     ConfigError, SourceError, SinkError, CheckpointError
         The result, the file, a sink or the checkpoint fails.
     """
-    before = ledger_of(result)
-    received = int(before["received"]) if before is not None else 0
-    if before is not None:
-        missing = before.get("missing_regions", np.empty(0))
-        if not (missing.size or file.has_of(before)):
-            say(f"{result}: nothing to repair: {file.path} has no frame that it lacks")
-            return True
+    before = received_of(result)
+    received, from_file, lacks_regions = before or (0, 0, True)
     store = checkpoint.File(saved) if saved is not None else Nowhere()
     left = store.load()
     if saved is not None and left is not None and left.running is None:
         saved.unlink()  # of one that was killed at its very end
+    # One that was left goes on, though its result is there: some sinks may not have it yet.
+    is_left = left is not None and left.running is not None
+    if file.received <= received and not lacks_regions and not is_left:
+        say(f"{result}: nothing to repair: {file.path} has no more frames")
+        return True
     start = replace(file.start, run=run)
     end = _End()
     with Hdf5Source(file.path, give="photons") as source:
         Pipeline(
             OfRun(source, start, file.n_frames, say),
             make,
-            [*(Late(sink, received) for sink in sinks), end],
+            [*(Late(sink, received - from_file) for sink in sinks), end],
             publish_every=publish_every,
             checkpoints=store,
             checkpoint_every=checkpoint_every,

@@ -108,8 +108,12 @@ def draw_comparison(a: Curves, b: Curves, found: Comparison) -> Figure:
     height = max(4.0, 2.0 * _grid(len(bins))[0])
     figure = Figure(figsize=(12, 0.8 + height + 2.6), layout="constrained", facecolor="white")
     header, body, below = figure.subfigures(3, 1, squeeze=False, height_ratios=[0.8, height, 2.6])[:, 0]
-    header.text(0.012, 0.72, _plain(a.run), fontsize=13, fontweight="bold", color=_INK, va="center")
-    header.text(0.012, 0.3, _plain(b.run), fontsize=13, fontweight="bold", color=_OTHER, va="center")
+    header.text(
+        0.012, 0.72, _plain(f"{a.run} · {a.path.name}"), fontsize=13, fontweight="bold", color=_INK, va="center"
+    )
+    header.text(
+        0.012, 0.3, _plain(f"{b.run} · {b.path.name}"), fontsize=13, fontweight="bold", color=_OTHER, va="center"
+    )
     said = f"median |z| {found.median:.3g}, max {found.largest:.3g}, {found.n_delays} delays in common"
     header.text(0.99, 0.5, said, fontsize=10, color=_INK, va="center", ha="right")
     panels = _panels(body, len(bins))
@@ -122,9 +126,11 @@ def draw_comparison(a: Curves, b: Curves, found: Comparison) -> Figure:
             axes.errorbar(*points, fmt=marker, markersize=3, elinewidth=0.8, color=ink)
         apart.plot(each.tau, each.z, ".-", color=color, linewidth=0.6, markersize=4)
     shown = [(curves, [getattr(each, side) for each in bins]) for curves, side in ((a, "a"), (b, "b"))]
-    panels[0].set_ylim(_range(np.concatenate([curves.g2[:, indices].ravel() for curves, indices in shown])))
+    taus = np.concatenate([a.tau, b.tau])
+    ylim = _range(np.concatenate([curves.g2[:, indices].ravel() for curves, indices in shown]))
+    panels[0].set(xlim=(taus.min() / 1.5, taus.max() * 1.5), ylim=ylim)
     apart.axhspan(-1, 1, color=_PALE, alpha=0.25, linewidth=0)
-    apart.set_xscale("log")
+    apart.set(xscale="log", xlim=panels[0].get_xlim())
     apart.set_xlabel("τ (s)", color=_INK)
     apart.set_ylabel("difference / error", color=_INK)
     apart.grid(color=_PALE, alpha=0.2, linewidth=0.6)
@@ -142,16 +148,17 @@ def _draw(curves: Curves, file: h5py.File) -> Figure:
     heights = [0.65, height, *([below] if below else [])]
     figure = Figure(figsize=(15, sum(heights)), layout="constrained", facecolor="white")
     header, body, *rest = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    left = body
+    left, right = body, None
     if is_whole:
         left, right = body.subfigures(1, 2, squeeze=False, width_ratios=[1.75, 1])[0]
+    _header(header, curves, file)
+    _correlations(left, curves, file)
+    if right is not None:
         image, scattering, intensity, blank = right.subplots(4, 1, height_ratios=[3.5, 2.2, 1.8, height - 7.4])
         blank.remove()
         _image(image, file)
         _scattering(scattering, file["xpcs/temporal_mean"])
         _intensity(intensity, file)
-    _header(header, curves, file)
-    _correlations(left, curves, file)
     if curves.twotime is not None and rest:
         _two_times(rest[0], curves, curves.twotime)
     _quiet(figure)
@@ -209,8 +216,8 @@ def _header(figure: SubFigure, curves: Curves, file: h5py.File) -> None:
         parts.append(f"exit status: {status}")
     if curves.format != "xpcs-stream":
         parts.append(curves.format)
-    if "start" in told:
-        parts.append(_plain(str(told["start"])[: 24 if "T" not in str(told["start"])[:11] else 19].replace("T", " ")))
+    if start := str(told.get("start", "")):
+        parts.append(_plain(start[:19].replace("T", " ") if start[:4].isdecimal() else start))
     figure.text(0.012, 0.62, _plain(curves.run), fontsize=15, fontweight="bold", color=_INK, va="center")
     figure.text(0.012, 0.12, "   ·   ".join(parts), fontsize=10, color=_INK, va="center")
 
@@ -233,7 +240,7 @@ def _correlations(figure: SubFigure, curves: Curves, file: h5py.File) -> None:
             axes.plot(tau, _fitted(found[index], tau), color=_INK, linewidth=0.9, alpha=0.7, label="fit")
         if truth:
             axes.plot(tau, truth.g2(tau, index), color=_TRUTH, linewidth=1.1, label=truth.label, zorder=3)
-    panels[0].set_ylim(_range(g2[trusted]))
+    panels[0].set(xlim=(tau[0] / 1.5, tau[-1] * 1.5), ylim=_range(g2[trusted]))
     if panels[0].get_legend_handles_labels()[1]:
         panels[0].legend(fontsize=7, frameon=False, loc="upper right")
     if len(bins) < g2.shape[1]:

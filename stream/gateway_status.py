@@ -6,7 +6,6 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +21,9 @@ _log = logging.getLogger(__name__)
 
 EVERY = 1.0
 """Seconds between two of them, where nothing changes."""
+
+EXIT_SECONDS = 10.0
+"""How long the end waits for the file to be written."""
 
 OVER = 10.0
 """Seconds that rates are measured over."""
@@ -72,7 +74,9 @@ class GatewayStatus:
         self._is_closing = True
         self._has_changed.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(EXIT_SECONDS)
+            if self._thread.is_alive():
+                _log.warning("how the gateway ended is not told: the file of its status, or its spool, takes too long")
 
     def _run(self, path: Path) -> None:
         is_last = False
@@ -146,10 +150,16 @@ class GatewayStatus:
         ]
 
     def _remember(self, path: Path, way: dict[str, Any]) -> None:
-        if self._remembered.get(path) != way:
-            with suppress(FileNotFoundError):  # the run is taken away
-                remember(path, way)
-            self._remembered[path] = way
+        if self._remembered.get(path) == way:
+            return
+        try:
+            remember(path, way)
+        except FileNotFoundError:  # the run is taken away
+            pass
+        except OSError as error:  # the runs are told of all the same
+            self._complain(f"spool {path.parent}: which way frames went cannot be written: {error.strerror}")
+            return
+        self._remembered[path] = way
 
     def _rate(self) -> tuple[float, float, float]:
         """Return frames, bytes, and bytes of the spool per second."""

@@ -114,7 +114,7 @@ class Hub:
         self._readers: dict[bytes, _Reader] = {}
         self._writers: dict[str, int] = {}
         """The number that is wanted next of each."""
-        self._n_bad = 0
+        self._n_bad = self._told_lost = 0
         self._failure = ""
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
@@ -282,7 +282,16 @@ class Hub:
             # A small part is a view of all that ZeroMQ read at once, which it would keep.
             kept = [part if memoryview(part).nbytes > READ_AT_ONCE else bytes(part) for part in parts]
             with self._changed:
-                self._rings[put.log].append(kept, must_stay=put.must_stay)
+                ring = self._rings[put.log]
+                ring.append(kept, must_stay=put.must_stay)
+            if ring.lost > 2 * self._told_lost:
+                self._told_lost = ring.lost
+                _log.warning(
+                    "%s: %d records of partial sums are gone before a merger was done with them: it is away, or waits "
+                    "for the files of runs; if it is started again it lacks them",
+                    self.address,
+                    ring.lost,
+                )
             wanted += 1
         self._writers[put.writer] = wanted  # behind all others: the one that has been silent longest goes
         while len(self._writers) > MOST_WRITERS:

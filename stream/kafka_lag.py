@@ -4,10 +4,8 @@ import logging
 import time
 from collections import deque
 from itertools import islice
-from typing import Any
 
-from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka import OFFSET_END, Consumer, KafkaException, TopicPartition
 
 from stream.errors import SinkError
 from stream.kafka import Cluster
@@ -36,9 +34,9 @@ class KafkaLag:
     """
 
     def __init__(self, cluster: Cluster, topic: str, n_partitions: int, *, group: str) -> None:
-        self._partitions = [TopicPartition(topic, number) for number in range(n_partitions)]
-        self._group, self._cluster = group, cluster
-        self._admin: AdminClient | None = None
+        self._topic, self._group, self._cluster = topic, group, cluster
+        # Asking as an AdminClient ends the process if the cluster is away (librdkafka 2.16: an assertion).
+        self._asking: Consumer | None = None
         self._ends: list[deque[tuple[float, int]]] = [deque() for _ in range(n_partitions)]
         """When which ends were seen, from the newest that is committed on."""
         self._due = 0.0
@@ -62,23 +60,25 @@ class KafkaLag:
         return 0.0 if self._since is None else time.monotonic() - self._since
 
     def _look(self, now: float) -> None:
-        self._admin = self._admin or self._cluster.client(AdminClient)
-        newest: Any = OffsetSpec  # its methods have no types
-        asked = {partition: newest.latest() for partition in self._partitions}
-        ends = self._admin.list_offsets(asked, request_timeout=ANSWER)
-        whose = ConsumerGroupTopicPartitions(self._group, self._partitions)
-        committed = self._admin.list_consumer_group_offsets([whose], request_timeout=ANSWER)
-        offsets = {each.partition: each.offset for each in committed[self._group].result().topic_partitions}
+        if self._asking is None:  # it never joins the group
+            said = {"group.id": self._group, "enable.auto.commit": False}
+            self._asking = self._cluster.client(Consumer, fixed=said)
+        newest = [TopicPartition(self._topic, number, OFFSET_END) for number in range(len(self._ends))]
+        ends = self._asking.offsets_for_times(newest, timeout=ANSWER)
+        committed = self._asking.committed(newest, timeout=ANSWER)
+        if failed := [each.error for each in [*ends, *committed] if each.error]:
+            raise KafkaException(failed[0])
+        offsets = {each.partition: each.offset for each in committed}
         oldest: float | None = None
-        for partition, answer in ends.items():
-            end, done = answer.result().offset, max(0, offsets.get(partition.partition, 0))
-            seen = self._ends[partition.partition]
+        for answer in ends:
+            end, done = answer.offset, max(0, offsets[answer.partition])
+            seen = self._ends[answer.partition]
             if not seen or end != seen[-1][1]:
                 seen.append((now, end))
             while seen and seen[0][1] <= done:
                 seen.popleft()
             if len(seen) > MOST_ENDS:
-                self._ends[partition.partition] = deque(islice(seen, 0, None, 2))
+                self._ends[answer.partition] = deque(islice(seen, 0, None, 2))
             if seen:
                 oldest = seen[0][0] if oldest is None else min(oldest, seen[0][0])
         self._since = oldest

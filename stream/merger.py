@@ -4,8 +4,8 @@ Regions publish their partial sums at the same frames, but not at the same momen
 that all of them have reached; one that is more than `patience` behind the others is left out until it has caught up, so
 that a node that was lost does not hold up what the others know. The ledger says which are left out, or never began.
 
-Of each region are kept the newest sums, and fewer of older ones: two of every multiple of 2, 4, 8, ... steps. So there is
-a frame in common with a region that lags, or that publishes more seldom.
+Of each region are kept the newest sums, and fewer of older ones: two of every multiple of 2, 4, 8, ... steps. So there
+is a frame in common with a region that lags, or that publishes more seldom.
 
 A region that lost frames on its way may be recomputed from a file (`stream.repairs`): its sums take the place of those
 of the stream if they are of more frames, whenever and however often they come. A run that ended with frames lost can be
@@ -374,9 +374,7 @@ def _merged(run: _Run, regions: list[int], n_frames: int, *, final: bool) -> Ite
     yield Result(run=name, operator="ledger", n_frames=n_frames, final=final, arrays=ledger)
 
 
-def _restored(
-    region: _Region, n_frames: int, make: Callable[[RunStart], Sequence[Operator]]
-) -> Sequence[Operator]:
+def _restored(region: _Region, n_frames: int, make: Callable[[RunStart], Sequence[Operator]]) -> Sequence[Operator]:
     operators = region.operators or make(region.start)
     for operator in operators:
         operator.restore(region.partials[n_frames][operator.name])

@@ -398,7 +398,7 @@ def backfill(
     ] = None,
     out: Annotated[
         str | None,
-        typer.Option(help="Replace this result file, if the run lost frames that the source has.", metavar="FILE"),
+        typer.Option(help="Replace this result file, if the source has more frames of the run.", metavar="FILE"),
     ] = None,
     publish: Annotated[
         str | None, typer.Option(help="With --out: publish results at zmq://HOST:PORT, too.", metavar="ADDRESS")
@@ -455,7 +455,7 @@ def backfill(
         if plane is not None:
             there = _plane(plane, kafka_properties, secret_key, gateway_key, binds=False)
             there.wait(stop)
-            is_done = repairing.backfill(
+            is_done = not stop.is_set() and repairing.backfill(
                 run,
                 file,
                 there,

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from hpc_bridge import tasks
 from hpc_bridge.bulk import KEPT, Bulk, Hash, Noticed, Release, Routes, Sight
-from hpc_bridge.bulk_config import Files
+from hpc_bridge.bulk_config import Files, words
 from hpc_bridge.bulk_record import Known, Origin, Runs, Stage
 from hpc_bridge.config import Beamline, read
 from hpc_bridge.errors import ConfigError
@@ -200,6 +200,18 @@ def test_a_run_of_the_stream_that_lost_nothing_is_only_brought_there(world):
     world.notice(origin=Origin.STREAM)
     world.to(Stage.DONE)
     assert world.tasks.of("8idi") == []
+
+
+@pytest.mark.parametrize("stage", [Stage.HASHING, Stage.SENDING, Stage.RELEASING, Stage.DONE])
+def test_a_loss_that_shows_late_is_repaired_all_the_same(world, stage):
+    world.notice(origin=Origin.STREAM)
+    world.to(stage)
+    world.orders = [order for order in world.orders if not isinstance(order, Release)]
+    world.notice(origin=Origin.STREAM, lost=True)
+    world.kill()
+    world.to(Stage.DONE)
+    assert [task.command[1] for task in world.tasks.of("8idi")] == ["backfill"]
+    assert world.done["one"] == 1
 
 
 def test_a_run_that_failed_is_not_released(world):
@@ -464,6 +476,44 @@ def test_old_runs_are_forgotten_but_not_those_that_would_be_seen_again(world):
     world.step(KEPT + 100)
     assert world.run("handed_in") is None
     assert world.run("dropped").stage is Stage.DONE
+
+
+def test_a_run_with_the_name_of_one_that_is_forgotten_is_computed_anew(world):
+    world.notice()
+    world.to(Stage.DONE)
+    world.step(KEPT + 100)
+    world.notice(files=(Known("one.h5", 6, 8),))
+    run = world.to(Stage.DONE)
+    assert world.tasks.get(run.task).created > run.created > 1e9 + KEPT
+
+
+def test_of_many_runs_that_are_handed_in_all_are_taken_or_none(world):
+    noticed = [
+        Noticed(beamline="8idi", run=run, origin=Origin.SUBMITTED, folder=PurePosixPath("/data"), files=(file,), **more)
+        for run, file, more in [
+            ("one", Known("one.h5", 1, 1), {}),
+            ("two", Known("two.h5", 1, 1), {}),
+            ("one", Known("other.h5", 1, 1), {"is_named": True}),
+        ]
+    ]
+    with pytest.raises(ConfigError, match="run one is taken by other files"):
+        world.bulk.notice_all(noticed, world.files["8idi"], world.now)
+    assert world.bulk.open_runs == []
+    world.kill()
+    assert world.bulk.open_runs == []
+    world.bulk.notice_all(noticed[:2], world.files["8idi"], world.now)
+    world.kill()
+    assert {run.name for run in world.bulk.open_runs} == {"one", "two"}
+
+
+def test_a_file_may_be_called_like_a_word_that_stands_for_another():
+    told = words(("{file}", "--run={run}", "{result}"), file="/a/{run}.h5", run="{result}", result="/b/{file}")
+    assert told == ["/a/{run}.h5", "--run={result}", "/b/{file}"]
+
+
+def test_results_do_not_come_back_to_where_files_are_dropped():
+    with pytest.raises(ValidationError, match="is where results come back to"):
+        files_of(drop="/results/../results/")
 
 
 def test_files_outside_of_what_a_collection_sees_cannot_go(world):

@@ -4,7 +4,7 @@ import hashlib
 import os
 import time
 from dataclasses import replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 
@@ -12,7 +12,7 @@ import pytest
 
 from hpc_bridge.bulk import Hash, Release
 from hpc_bridge.bulk_disk import Disk, DropFolder, Failed, Hashed, Released
-from hpc_bridge.bulk_files import known
+from hpc_bridge.bulk_files import known, runs_of
 from hpc_bridge.bulk_record import Origin, Run, Stage
 
 WITHIN = 30
@@ -84,6 +84,34 @@ def test_what_cannot_be_read_says_so_and_others_are(disk, run, tmp_path):
     assert answers["one"].is_all
 
 
+@pytest.mark.parametrize("name", ["pipe.h5", "a\0b.h5", "folder.h5"])
+def test_what_is_no_file_is_not_opened_and_others_are_read(disk, run, tmp_path, name):
+    os.mkfifo(tmp_path / "pipe.h5")
+    (tmp_path / "folder.h5").mkdir()
+    disk.order(Hash(replace(run, name="odd", priority=1, files=(replace(run.files[0], name=name),))))
+    disk.order(Hash(run))
+    answers = {answer.key[1]: answer for answer in (disk.answers.get(timeout=WITHIN) for _ in range(2))}
+    assert str(tmp_path) in answers["odd"].why
+    assert answers["one"].is_all
+
+
+def test_neither_other_beamlines_nor_the_spool_wait_until_a_long_run_is_read(disk, run, tmp_path):
+    with (tmp_path / "a.h5").open("wb") as long:
+        long.truncate(2 * 10**12)
+    disk.order(Hash(run))
+    disk.order(Hash(replace(run, beamline="4id", files=run.files[1:])))
+    disk.order(Release(run))
+    answers = [disk.answers.get(timeout=WITHIN) for _ in range(2)]
+    assert {(type(answer), answer.key[0]) for answer in answers} == {(Hashed, "4id"), (Released, "8idi")}
+
+
+def test_a_run_that_is_gone_from_its_spool_needs_no_release_but_a_spool_that_is_away_is_waited_for(disk, run, tmp_path):
+    disk.order(Release(replace(run, folder=PurePosixPath(tmp_path / "gone"))))
+    assert disk.answers.get(timeout=WITHIN) == Released(run.key)
+    disk.order(Release(replace(run, folder=PurePosixPath(tmp_path / "spool" / "one"))))
+    assert isinstance(disk.answers.get(timeout=WITHIN), Failed)
+
+
 def test_a_run_in_the_spool_is_released_by_a_file(disk, run, tmp_path):
     disk.order(Release(run))
     assert disk.answers.get(timeout=WITHIN) == Released(run.key)
@@ -117,3 +145,31 @@ def test_a_drop_folder_may_come_later(tmp_path):
     (tmp_path / "drop" / "one.h5").write_bytes(b"1")
     assert found.get(timeout=WITHIN).run == "one"
     drop.close()
+
+
+def test_whatever_lies_in_a_drop_folder_the_files_of_runs_there_are_taken(tmp_path, caplog):
+    (tmp_path / "secret").write_bytes(b"of others")
+    drop = tmp_path / "drop"
+    drop.mkdir()
+    (drop / "a.h5").symlink_to(tmp_path / "gone")
+    (drop / "b.h5").symlink_to(tmp_path / "secret")
+    os.mkfifo(drop / "c.h5")
+    (drop / "d.h5").mkdir()
+    Path(os.fsdecode(bytes(drop) + b"/e\xff.h5")).write_bytes(b"1")
+    (drop / "f\n.h5").write_bytes(b"1")
+    for name in ("one_master.h5", "one_data_000002.h5", "one_data_000001.h5", "two_data_000001.h5", "z.h5"):
+        (drop / name).write_bytes(b"1")
+    found = SimpleQueue()
+    folder = DropFolder("8idi", drop, found, still=0.1)
+    runs = {each.run: [file.name for file in each.files] for each in (found.get(timeout=WITHIN) for _ in range(2))}
+    folder.close()
+    assert runs == {"one": ["one_master.h5", "one_data_000001.h5", "one_data_000002.h5"], "z": ["z.h5"]}
+    assert found.empty()
+    assert len([record for record in caplog.records if str(drop) in record.getMessage()]) == 6
+
+
+def test_a_drop_folder_with_many_runs_is_looked_at_once_for_all(tmp_path):
+    names = [f"r{i}_{part}.h5" for i in range(3000) for part in ("master", "data_000001", "data_000002")]
+    began = time.monotonic()
+    assert len(runs_of(names)) == 3000
+    assert time.monotonic() - began < 5

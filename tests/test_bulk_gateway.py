@@ -2,11 +2,13 @@
 
 import json
 import os
+import time
+from threading import Event
 
 import pytest
 
 from hpc_bridge.bulk_files import in_order, run_of
-from hpc_bridge.bulk_gateway import MAX_BYTES, Gateway
+from hpc_bridge.bulk_gateway import MAX_BYTES, Gateway, Nodes, Watch
 from hpc_bridge.errors import ConfigError
 from hpc_bridge.switch import Switching
 from stream.gateway_runs import GatewayRuns
@@ -60,7 +62,14 @@ def told(tmp_path):
         ({"lost": None}, False),
         ({"lost": 0, "planes": ["stream"]}, False),
         ({"lost": 0, "planes": ["stream", "stream+file"]}, True),
+        ({"lost": 0, "unsent": 0, "planes": ["stream", "stream+file"]}, False),
+        ({"lost": 0, "unsent": 7, "planes": ["file"]}, True),
         ({"lost": None, "planes": ["file"]}, True),
+        ({"lost": None, "unsent": 0, "planes": ["stream", "stream+file"]}, True),
+        ({"lost": None, "unsent": 0, "planes": ["stream"]}, False),
+        ({"lost": 0, "unsent": 0, "exit_status": "success"}, False),
+        ({"lost": 0, "unsent": 0, "exit_status": None}, True),
+        ({"lost": 0, "unsent": 0, "exit_status": None, "ended": False}, False),
         ({"ended": False}, False),
         ({"safe": True}, False),
         ({"path": None}, False),
@@ -68,6 +77,10 @@ def told(tmp_path):
         ({"path": "/etc/one"}, False),
         ({"path": "/spool/../etc"}, False),
         ({"path": "/spool"}, False),
+        ({"path": "/spool/one\0"}, False),
+        ({"files": ["/etc/passwd"]}, False),
+        ({"files": ["one_master.h5", "../../etc/passwd"]}, False),
+        ({"files": ["one\nmaster.h5"]}, False),
     ],
 )
 def test_runs_go_by_file_that_ended_and_did_not_all_come_through_the_stream(told, changes, goes):
@@ -89,6 +102,14 @@ def test_a_run_is_told_of_once_and_once_more_when_a_loss_shows_later(told):
     told.tell(RUN)
     assert [noticed.lost for noticed in told.look()] == [True]
     assert told.look() == []
+
+
+def test_a_loss_that_shows_once_a_run_was_sent_and_is_safe_is_still_told_of(told):
+    told.new("always")
+    told.tell(RUN | {"lost": 0})
+    told.look()
+    told.tell(RUN | {"safe": True})
+    assert [noticed.lost for noticed in told.look()] == [True]
 
 
 def test_what_workers_do_not_have_safe_waits_for_them_while_all_is_well_and_goes_by_file_when_they_are_gone(told):
@@ -175,6 +196,71 @@ def test_what_a_gateway_told_long_ago_is_not_how_it_is(told):
     assert not told.plane.exists()
     told.look()
     assert "no worker has the frames" in told.said()["why"]
+
+
+def test_a_status_that_cannot_be_read_makes_what_was_told_before_no_younger(told):
+    told.tell(ack_lag_s=1000.0)
+    os.utime(told.status, (told.now - 60, told.now - 60))
+    told.look(fresh=False)
+    for _ in range(20):
+        told.status.write_bytes(b"{")
+        told.look()
+    assert not told.plane.exists()
+
+
+def test_a_clock_of_a_file_server_that_is_ahead_does_not_keep_a_dead_gateway_alive(told):
+    told.tell()
+    os.utime(told.status, (told.now + 3600, told.now + 3600))
+    told.look(None, fresh=False)
+    told.look(None, seconds=200.0, fresh=False)
+    assert told.said()["plane"] == "stream+file"
+    assert "not known whether the spool takes the frames" in told.said()["why"]
+
+
+def test_a_plane_file_that_could_not_be_written_is_written_as_soon_as_it_can_be(told, caplog):
+    told.plane = told.plane.parent / "not yet" / "plane"
+    told.new()
+    told.tell()
+    for _ in range(3):
+        told.look(6.0)
+    assert caplog.text.count(f"{told.plane}: No such file or directory") == 1
+    told.plane.parent.mkdir()
+    told.look(6.0)
+    assert told.said()["plane"] == "stream+file"
+
+
+def test_a_status_on_a_disk_that_hangs_holds_up_nobody(tmp_path):
+    class Hangs:
+        def __init__(self):
+            self.at, self.is_back = Event(), Event()
+
+        def look(self, now, *, heard_at, is_wanted):
+            self.at.set()
+            self.is_back.wait(60)
+            return []
+
+    gateway = Hangs()
+    watch = Watch(gateway, "8idi")
+    watch.see(1.0, Nodes(heard_at=None, is_wanted=False))
+    assert gateway.at.wait(10)
+    watch.see(2.0, Nodes(heard_at=None, is_wanted=False))
+    began = time.monotonic()
+    watch.close(let_go=False)
+    assert time.monotonic() - began < 10
+    gateway.is_back.set()
+
+
+def test_a_gateway_is_looked_at_until_it_is_let_go(told):
+    told.tell(RUN)
+    watch = Watch(told.gateway, "8idi")
+    watch.see(time.time(), Nodes(heard_at=None, is_wanted=False))
+    assert watch.noticed.get(timeout=30).run == "one"
+    told.plane.write_text("{}")
+    watch.close(let_go=False)
+    assert told.plane.exists()
+    watch = Watch(told.gateway, "8idi")
+    watch.close(let_go=True)
+    assert not told.plane.exists()
 
 
 def test_a_manager_that_starts_again_changes_nothing_by_that(told):

@@ -1,5 +1,6 @@
 """Bluesky runs that point to files go by file once they are over: from the files alone, and with a real manager."""
 
+import os
 import subprocess
 import time
 from contextlib import ExitStack, closing
@@ -13,11 +14,14 @@ from event_model import compose_run
 from ophyd_async.core import init_devices
 
 from hpc_bridge import bulk_pointed
+from hpc_bridge.bulk import Bulk, Noticed
+from hpc_bridge.bulk_config import Files as BulkFiles
 from hpc_bridge.bulk_files import known
 from hpc_bridge.bulk_pointed import MAX_RUNS, MAX_URIS, PointedFiles
-from hpc_bridge.bulk_record import Origin
+from hpc_bridge.bulk_record import Known, Origin, Runs
 from hpc_bridge.config import Beamline, checked
 from hpc_bridge.errors import ConfigError, RecordError
+from hpc_bridge.tasks import Tasks
 from stream.operators.roimap_file import write
 from tests.bridge import HERE
 from tests.ophyd_detector import SpeckleDetector
@@ -121,9 +125,9 @@ def test_files_of_several_folders_are_one_run_and_a_master_brings_its_parts(poin
         of("beyond/secret.h5"),
         of("loop_master.h5"),
         "file://localhost/nsls2/database/a.h5",
-        "file://elsewhere/nsls2/data/a.h5",
-        "https://localhost/nsls2/data/a.h5",
-        "file://[/nsls2/data/a.h5",
+        "file://elsewhere/nsls2/data/b.h5",
+        "https://localhost/nsls2/data/b.h5",
+        "file://[/nsls2/data/b.h5",
         of("a%00.h5"),
         of("a%0a.h5"),
         "",
@@ -137,7 +141,8 @@ def test_what_is_not_a_file_below_a_root_is_never_taken(pointed_of, folder, uri)
     (folder / "folder.h5/a.h5").write_bytes(b"frames")
     (folder / "loop_master.h5").write_bytes(b"frames")
     (folder / "loop_data_1.h5").symlink_to(folder.parent / "secret.h5")
-    (folder / "a.h5").write_bytes(b"frames")
+    for name in ("a.h5", "b.h5"):
+        (folder / name).write_bytes(b"frames")
     pointed = pointed_of()
     tell(pointed, "one", uri, of("a.h5"))
     names = {file.name for file in first(pointed).files}
@@ -198,6 +203,21 @@ def test_files_that_never_come_are_given_up(pointed_of, caplog):
     assert not caplog.text
 
 
+def test_a_run_is_known_by_its_uid_and_not_by_its_file(tmp_path):
+    route = {"by": "copy", "there": {"path": "/there"}}
+    files = BulkFiles(results="/results", sites={"here": route}, priority=7)
+
+    def noticed(run, mtime_ns):
+        file = Known("a.h5", 10, mtime_ns)
+        return Noticed(beamline="8idi", run=run, origin=Origin.RUN_ENGINE, folder=PurePosixPath("/data"), files=(file,))
+
+    with Runs.open(tmp_path / "bulk.sqlite") as runs, Tasks.open(tmp_path / "tasks.sqlite") as tasks:
+        bulk = Bulk(runs, tasks)
+        names = [bulk.notice(noticed(*each), files, 0.0).name for each in (("one", 1), ("one", 2), ("two/../x", 1))]
+        assert names == ["one", "one", "two_.._x"]
+        assert {run.priority for run in bulk.open_runs} == {7}
+
+
 @pytest.mark.parametrize(
     ("roots", "engine", "why"),
     [
@@ -248,6 +268,7 @@ def test_g2_of_a_run_of_ophyd_async_comes_back_without_anybody(files_of, engine,
         uid = documents[0][1]["uid"]
         told = files.until_stage("done", uid)
         assert told["origin"] == "run engine"
+        os.utime(detector.path)
         for each in documents:  # once more
             publisher(*each)
         files.until(lambda: files.log().count(f"run {uid} ended") == 2)
@@ -283,7 +304,7 @@ def test_a_run_that_failed_while_no_manager_was_there_goes_when_there_is_one(fil
     for resource in resources:
         publish("stream_resource", resource)
     files.until(lambda: any(uid in path.read_text() for path in files.state.glob("files-of-runs-*.json")))
-    manager.kill()
+    manager.terminate()  # how far Kafka was read is known then at once, not only within 5 s
     manager.wait()
     file = files.file("one.h5")
     publish("stop", bundle.compose_stop(exit_status="fail", reason="beam dump"))

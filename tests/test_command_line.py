@@ -439,9 +439,11 @@ def test_frames_are_sent_to_sockets_only(frames):
     assert said.stderr == "xpcs-stream: out.h5: frames are sent to zmq+dectris://HOST:PORT or zmq://HOST:PORT\n"
 
 
-def test_a_map_is_no_result_and_the_first_thing_it_lacks_is_named(qmap):
-    said = xpcs_stream("show", qmap, "--out", "x.png")
-    assert said.stderr == f"xpcs-stream: {qmap} is not a result file of xpcs-stream: it has no entry/entry_identifier\n"
+@pytest.mark.parametrize("command", [("show",), ("export", "--to", "x.csv"), ("compare", __file__)])
+def test_a_map_is_no_result_and_what_is_looked_for_is_named(qmap, command):
+    said = xpcs_stream(command[0], qmap, *command[1:])
+    lacks = "none of /xpcs/multitau, /entry/XPCS/data is there"
+    assert said.stderr == f"xpcs-stream: {qmap} is not a result with g2 that is known here: {lacks}\n"
 
 
 @pytest.mark.parametrize(
@@ -463,7 +465,7 @@ def test_wrong_usage_is_exit_status_2(arguments, problem):
     assert problem in said.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "simulate", "replay", "inspect", "qmap", "show"])
+@pytest.mark.parametrize("command", ["run", "simulate", "replay", "inspect", "qmap", "show", "compare", "export"])
 def test_every_command_is_explained_with_an_example(command):
     said = xpcs_stream(command, "-h")
     assert said.exit_code == 0

@@ -62,8 +62,8 @@ class Fallback(Beamline):
         within = ("--repair-within", "200 s", "--plane", self.told, "--publish", self.results)
         return super().merger(*within, *options)
 
-    def send(self, frames):
-        return self.start("replay", frames, "--to", self.detector, "--rate", "200 Hz")
+    def send(self, frames, rate="200 Hz"):
+        return self.start("replay", frames, "--to", self.detector, "--rate", rate)
 
     @property
     def status(self):
@@ -97,7 +97,8 @@ class Fallback(Beamline):
         if not for_good:
             sender.send_signal(signal.SIGSTOP)  # so that the run is not over before anybody has looked
             self.link.restore()
-            wait(lambda ledger: ledger["lost"] > 0 and ledger["awaits_file"] == 0)
+            during = wait(lambda ledger: ledger["lost"] > 0 and ledger["awaits_file"] == 0)
+            assert during.n_frames < N_FRAMES, "live results go on"
             sender.send_signal(signal.SIGCONT)
         return sender
 
@@ -124,6 +125,7 @@ def test_a_link_cut_for_seconds_is_repaired_by_the_file_without_anybody(fallback
         assert lost > 0
         finished(sender)
         assert beamline.until_stage("done")["origin"] == "stream"
+        assert "scan-7" in beamline.bridge.run("status").stdout
         ledger, result = beamline.repaired(merger)
         assert_identical(result, undisturbed)
         assert (ledger["sent"], ledger["received"], ledger["lost"]) == (N_FRAMES, N_FRAMES, 0)
@@ -164,7 +166,7 @@ def test_where_no_worker_ever_comes_a_run_is_computed_from_its_file(fallback_of,
     beamline.bridge.up()
     until(gateway, lambda: beamline.status["plane"] == "file")
     assert "none serves" in beamline.status["why"]
-    finished(beamline.send(frames))
+    finished(beamline.send(frames, "1 kHz"))
     assert beamline.until_stage("done")["why"] == ""
     assert beamline.status["runs"][0]["unsent"] == N_FRAMES
     ledger, result = beamline.repaired(merger)
@@ -212,7 +214,7 @@ def test_with_the_disk_of_the_spool_full_streaming_goes_on_and_all_say_that_ther
     merger = beamline.merger()
     beamline.bridge.up()
     beamline.bridge.until_serving(2)
-    sender = beamline.send(frames)
+    sender = beamline.send(frames, "400 Hz")
     until(gateway, lambda: beamline.status["spool"]["lost"] > 0)
     beamline.bridge.until(lambda: "the spool loses frames" in beamline.bridge.run("status").stdout)
     assert beamline.status["plane"] == "stream"

@@ -9,7 +9,7 @@ import pytest
 
 from stream.errors import ConfigError
 from stream.figure import draw
-from tests.test_sinks_hdf5 import RUNS, aborted, make_outputs, make_qmap, rates, write_run
+from tests.test_sinks_hdf5 import RUNS, aborted, make_outputs, make_qmap, rates, with_twotime, write_run
 
 TRUTH = {"contrast": 0.2, "rate": rates(make_qmap()).tolist(), "weights": [1.0], "factors": [1.0]}
 
@@ -186,11 +186,38 @@ def test_a_run_name_is_never_taken_for_mathematics(tmp_path):
     )
 
 
-def test_the_result_of_another_program_is_refused_by_what_it_lacks(shared_data):
-    with pytest.raises(
-        ConfigError, match=r"aps8idi_aerogel_result.nxs is not a result file .* entry/entry_identifier$"
-    ):
-        draw(shared_data / "aps8idi_aerogel_result.nxs")
+def test_of_another_program_the_curves_are_drawn(shared_data):
+    figure = draw(shared_data / "aps8idi_aerogel_result.nxs")
+    drawn = panels(figure)
+    assert len(drawn) == len(figure.get_axes()) == 27
+    with h5py.File(shared_data / "aps8idi_aerogel_result.nxs") as file:
+        np.testing.assert_array_equal(points(drawn[5])[0][:, 1], file["entry/XPCS/data/g2"][:, 5])
+
+
+def test_a_fit_that_converged_goes_through_its_points(tmp_path):
+    for axes in panels(drawn(tmp_path)):
+        (line,) = [line for line in axes.get_lines() if line.get_label() == "fit"]
+        tau, g2 = np.concatenate(points(axes)).T
+        np.testing.assert_array_equal(line.get_xdata(), tau)
+        np.testing.assert_allclose(line.get_ydata(), g2, atol=5e-3)
+
+
+def test_every_two_time_correlation_has_a_panel_with_times_in_seconds(tmp_path):
+    qmap = make_qmap()
+    figure = drawn(tmp_path, with_twotime(qmap))
+    two_times = [axes for axes in figure.get_axes() if axes.get_title().startswith("two-time: ")]
+    q = qmap["dynamic_v_list_dim0"]
+    assert [axes.get_title() for axes in two_times] == [f"two-time: q = {each:.4g} Å⁻¹" for each in q]
+    (image,) = two_times[1].get_images()
+    assert list(image.get_extent()) == pytest.approx([0, 0.04, 0, 0.04])
+    c2 = image.get_array().filled(np.nan)
+    with h5py.File(tmp_path / "result.h5") as file:
+        upper = np.triu(file["xpcs/twotime/correlation_map/c2_00002"], 1)
+    above = np.triu_indices(10, 1)
+    np.testing.assert_array_equal(c2[above], upper[above])
+    np.testing.assert_array_equal(c2, c2.T)
+    assert np.isnan(c2[2]).all(), "its frames are lost"
+    assert np.isnan(np.diag(c2)).all(), "shot noise"
 
 
 def test_a_file_that_is_not_hdf5_or_not_there_is_refused_by_its_path(tmp_path):

@@ -343,6 +343,35 @@ def test_more_runs_than_are_told_of_leave_out_the_oldest_that_are_safe(tmp_path,
     assert found == [f"run-{i}" for i in range(MOST_RUNS + 5) if i % 2 == 0 or i > 9]
 
 
+def test_what_others_put_into_the_spool_does_not_end_the_status(tmp_path, spool):
+    for name, what in {"group": None, "list": ["x", "y"], "number": 7}.items():
+        (spool.directory / name).mkdir()
+        with h5py.File(spool.directory / name / f"{name}_master.h5", "w") as file:
+            if what is None:
+                file.create_group("entry/entry_identifier")
+            else:
+                file["entry/entry_identifier"] = what
+    told = GatewayStatus(None, GatewayRuns(None, spool), [], spool).told()
+    assert {run["path"] for run in json.loads(json.dumps(told))["runs"]} == {
+        str(spool.directory / name) for name in ("group", "list", "number")
+    }
+
+
+def test_runs_are_told_of_though_nothing_can_be_written_beside_them(tmp_path, spool, caplog):
+    runs = GatewayRuns(None, spool)
+    for message in (START, batch(0, 40), stop()):
+        runs.is_sent(message)
+        spool.write(message)
+    spool.flush()
+    (spool.directory / START.run / f"{START.run}_way.json").mkdir()  # as good as a full disk
+    status = GatewayStatus(None, runs, [], spool)
+    for _ in range(2):
+        told = status.told()
+        assert [(run["run"], run["spooled"], run["planes"]) for run in told["runs"]] == [(START.run, 40, ["stream"])]
+        assert told["spool"]["held_bytes"] > 0
+    assert caplog.text.count("cannot be written") == 1
+
+
 def test_a_run_that_is_being_written_is_not_over_and_its_files_change(tmp_path, spool):
     runs = GatewayRuns(None, spool)
     status = GatewayStatus(None, runs, [], spool)

@@ -63,7 +63,7 @@ def test_a_resource_tells_where_a_file_of_hdf5_of_its_run_is_in_both_encodings()
     "changes", [{"run_start": None}, {"run_start": "u" * 201}, {"uri": 5}, {"uri": ""}, {"uri": "u" * 3000}]
 )
 def test_a_resource_that_cannot_be_meant_is_refused(changes):
-    with pytest.raises(ValueError, match="its (uri|run_start) is not"):
+    with pytest.raises(ValueError, match=r"its (uri|run_start) is not"):
         told(resource(**changes))
 
 

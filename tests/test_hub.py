@@ -401,6 +401,16 @@ def test_what_the_ring_no_longer_has_is_left_out_and_told(caplog):
     assert "region 0: 1 records are lost before a worker has them safe" in caplog.text
 
 
+def test_partial_sums_for_which_there_is_no_room_are_told(monkeypatch, caplog):
+    monkeypatch.setattr(hub, "PARTIALS_BYTES", 10_000)
+    with opened(ring_bytes=10_000) as there, HubSink(at(there), PARTIALS) as sink:
+        for n_frames in range(30):
+            sink.write(final(n_frames, 300))
+        sink.flush()
+    assert "records of partial sums are gone before a merger was done with them" in caplog.text
+    assert caplog.text.count("partial sums") < 8
+
+
 def test_what_was_acknowledged_may_go_and_is_no_loss():
     with opened(ring_bytes=25 * 1000) as hub, HubSource(at(hub), LOG) as source:
         for i in range(0, 100, 10):

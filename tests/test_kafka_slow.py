@@ -23,8 +23,8 @@ pytestmark = pytest.mark.timeout(240)
 SHAPE = (256, 512)
 N_FRAMES = 1024
 """268 MB of them."""
-SLOW = 6
-"""Partial sums, each of 32 frames, until it is slow no more."""
+SLOW = 2
+"""Partial sums until it is slow no more; the slower it is, the more frames are between them."""
 MORE = 110e6
 """What else a worker needs once it has frames (bytes): state, partial sums, what Kafka just answered."""
 

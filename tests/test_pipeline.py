@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import threading
+import time
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -219,6 +220,42 @@ def test_interim_results_are_published_while_the_run_is_on():
     sink = process(RUN, publish_every=0)
     counted = [o.n_frames for o in sink.outputs if isinstance(o, Result) and o.operator == "multitau" and not o.final]
     assert counted == [0, 12, 24, 36, 48, 60]
+
+
+class Slow(Intensity):
+    """Results of it take long."""
+
+    TAKES = 0.02
+
+    def result(self):
+        time.sleep(self.TAKES)
+        return super().result()
+
+    def partial(self):
+        time.sleep(self.TAKES)
+        return super().partial()
+
+
+@pytest.mark.parametrize("partials", [False, True])
+def test_interim_results_that_take_long_are_few_and_frames_go_on(partials):
+    n_batches, n, every = 500, 4, 0.004
+
+    def batches():
+        for first in range(0, n * n_batches, n):
+            time.sleep(every)  # of the detector
+            yield FrameBatch(run="run-1", first=first, frames=FRAMES[:n], timestamp_ns=0)
+
+    coming = batches()
+    sink, began = ListSink(), time.monotonic()
+    messages = [make_start(SHAPE, frame_time=every / n), *[lambda: next(coming)] * n_batches, stop(n * n_batches)]
+    make = lambda start: [Slow(start, ROIMAP)]  # noqa: E731
+    Pipeline(ListSource(messages), make, [sink], publish_every=every, partials=partials).run()
+    took = time.monotonic() - began
+    interim = [o.n_frames for o in sink.outputs if isinstance(o, Result) and o.operator == "intensity" and not o.final]
+    assert 3 < len(interim) < 3 + 1.5 * pipeline.SHARE * took / Slow.TAKES
+    if partials:
+        assert all(n_frames % n == 0 for n_frames in interim)
+        assert sum(n_frames % (8 * n) == 0 for n_frames in interim) >= len(interim) - 3, "other regions have them, too"
 
 
 def test_a_final_result_that_is_refused_is_an_error_and_delivered_by_a_restart(tmp_path):

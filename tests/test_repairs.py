@@ -1,22 +1,26 @@
 """Regions that lost frames, recomputed from a file, in whatever order their sums come: one run, the best result."""
 
+import gc
 import math
 import threading
+import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream.backfill import InRegions, Repairs
+from stream.backfill import InRegions, Published, Repairs, RunLog, _publish_hopeless, wanted
+from stream.backfill_file import RunFile
 from stream.merger import Merger
 from stream.merging import merge, saved
 from stream.messages import FrameBatch, Result, RunStart, RunStop
 from stream.pipeline import Pipeline
 from stream.regions import Regions
 from tests.sources import ListSink, ListSource
-from tests.test_merger import REGIONS, assert_same, interleaved, merged, operators, partials, run_of, whole
+from tests.test_merger import N_FRAMES, REGIONS, assert_same, interleaved, merged, operators, partials, run_of, whole
 
 START = "2026-11-22T00:00:00+00:00"
 LOST = [40, 160, 280]
@@ -153,6 +157,60 @@ def test_frames_that_the_file_does_not_have_either_end_the_wait():
     assert len(nothing_better) == 3
     sink = held([*interleaved(streams, 3), *nothing_better])
     assert_same(sink, merged(interleaved(streams, 3)))
+
+
+def test_a_run_that_nobody_ended_does_not_wait_for_a_file_that_has_no_more_of_it():
+    """The gateway was killed: workers learn that the run is over when the next one begins."""
+    start, *batches, _ = SENT["all"]
+    streams = [partials([start, *batches, *run_of("run-2")], region) for region in range(REGIONS)]
+    streams = [[each for each in stream if each.run == "run-1"] for stream in streams]
+    assert {stream[-1].exit_status for stream in streams} == {"fail"}
+    streamed = {region: Published(stream[0], stream[-2].arrays, stream[-1]) for region, stream in enumerate(streams)}
+    file = RunFile(path=Path("file"), start=start, n_frames=280, lost=np.empty((0, 2), int), is_all=False)
+    assert wanted(RunLog(streamed), file, REGIONS) == ([], list(range(REGIONS)))
+    merger = Merger(operators, patience=1e9, repair_within=math.inf)
+    for message in interleaved(streams, 1):
+        list(merger.take(message))
+    assert merger.open_runs
+    outputs = [each for message in nothing_better(file) for each in merger.take(message)]
+    assert outputs[-1] == RunStop(run="run-1", n_frames=N_FRAMES, exit_status="fail")
+    assert outputs[-2].arrays["received"] == N_FRAMES
+    assert not merger.open_runs
+
+
+def nothing_better(file):
+    """What a backfill publishes of regions of which the file has no more frames."""
+    sink = ListSink()
+    _publish_hopeless(Repairs(sink, Regions(REGIONS), range(REGIONS), is_all=file.is_all), file.start, file)
+    return sink.outputs
+
+
+def test_what_is_recomputed_is_what_the_file_has_more_frames_of():
+    ledgers = [stream[-2].arrays for stream in streamed(["all", "few", "some", "none"])]
+    stops = [stream[-1] for stream in STREAMED["all"]]
+    log = RunLog({r: Published(STREAMED["all"][r][0], ledgers[r], stops[r]) for r in range(REGIONS)})
+    file = RunFile(path=Path("file"), start=SENT["all"][0], n_frames=300, lost=np.array([[0, 20]]), is_all=False)
+    assert wanted(log, file, REGIONS) == ([2, 3], [1])
+    assert wanted(log, replace(file, lost=np.empty((0, 2), int)), REGIONS) == ([1, 2, 3], [])
+    log.streamed[0].stop = None
+    assert wanted(log, file, REGIONS) == ([0, 2, 3], [1])
+
+
+def test_a_run_that_is_held_keeps_sums_and_no_operators():
+    alive = weakref.WeakSet()
+
+    def counted(start):
+        made = operators(start)
+        alive.update(made)
+        return made
+
+    merger = Merger(counted, patience=1e9, repair_within=math.inf)
+    for message in interleaved([*STREAMED["some"], repairs(SENT["few"], [1], is_all=False)[0]], 1):
+        list(merger.take(message))
+    assert list(merger.interim())
+    gc.collect()
+    assert merger.open_runs
+    assert not alive
 
 
 def test_a_run_of_which_nothing_was_streamed_is_that_of_its_file():

@@ -19,6 +19,7 @@ from stream.ingest.hdf5 import Hdf5Source
 from stream.ingest.hdf5_growing import GrowingFrames
 from stream.messages import FrameBatch, Rejected, RunStart, RunStop
 from stream.sinks.spool import Spool
+from stream.sinks.spool_room import Room
 from stream.sinks.spool_run import SpooledRun
 from tests.conftest import chunks_of, events_of, make_start
 from tests.plane import DEADLINE, REGIONS, Plane, until_said
@@ -341,6 +342,19 @@ def test_the_oldest_run_that_is_safe_makes_room_and_one_that_is_not_never_does(d
         assert spool.lost == 40
     assert [len(frames_in(read(path))) for path in masters(directory)] == [40, 40, 40, 0]
     assert "run f streams on without this fallback: no room, and no run in it is proven safe" in caplog.text
+
+
+def test_a_full_spool_is_not_looked_through_for_every_frame(directory):
+    for run in ("a", "b"):
+        (directory / run).mkdir(parents=True)
+        for number in range(500):
+            (directory / run / f"{run}_data_{number:06d}.h5").write_bytes(bytes(10))
+    room = Room(directory, 10_000)
+    begin = time.perf_counter()
+    room.count()
+    once = time.perf_counter() - begin
+    assert not any(room.make(1, None) for _ in range(50))
+    assert time.perf_counter() - begin < 20 * once
 
 
 def test_a_run_that_goes_on_is_not_removed_whatever_is_said_of_it(directory):

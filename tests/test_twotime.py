@@ -243,6 +243,14 @@ def test_a_state_made_with_other_parameters_is_refused(roimap):
             TwoTime(make_start(), roimap, **options).restore(state)
 
 
+def test_sums_of_more_times_than_are_kept_are_refused_before_there_is_room_made_for_them(roimap):
+    operator = TwoTime(make_start(), roimap, frames=8)
+    operator.push(FrameBatch(run="run-1", first=0, frames=np.ones((3, 6, 50), "<u2"), timestamp_ns=0))
+    state = {**operator.partial(), "weights_0": np.ones(10**6, int)}
+    with pytest.raises(CheckpointError, match="twotime: 1000000 times of level 0, 8 are kept"):
+        operator.restore(state)
+
+
 def test_frames_that_come_twice_are_refused(roimap):
     operator = TwoTime(make_start(), roimap, frames=8)
     batch = FrameBatch(run="run-1", first=0, frames=np.ones((3, 6, 50), "<u2"), timestamp_ns=0)

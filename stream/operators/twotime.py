@@ -34,7 +34,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from stream.errors import ConfigError
+from stream.errors import CheckpointError, ConfigError
 from stream.messages import Arrays, Events, FrameBatch, RunStart
 from stream.operators.kernels import twotime as kernel
 from stream.operators.kernels.totals import limit
@@ -344,6 +344,8 @@ class TwoTime:
         self._merged = []
         for level in range(sum(name.startswith("G2_") for name in state)):
             weights = state[f"weights_{level}"]
+            if len(weights) > self._parameters[0]:
+                raise CheckpointError(f"twotime: {len(weights)} times of level {level}, {self._parameters[0]} are kept")
             first = (self.n_frames >> level) - len(weights)
             G2 = _symmetric(state[f"G2_{level}"], len(weights))
             self._merged.append(PairSums.of(first, weights, G2, state[f"sums_{level}"], state["pixels"]))

@@ -102,12 +102,12 @@ def _found(path: Path) -> Found | None:
     if master.stat().st_size <= MASTER_BYTES:
         try:
             with h5py.File(BytesIO(master.read_bytes()), "r") as file:
-                run = file["entry/entry_identifier"].asstr()[()]
+                run = str(file["entry/entry_identifier"].asstr()[()])
                 if "entry/exit_status" in file:
-                    exit_status = file["entry/exit_status"].asstr()[()]
+                    exit_status = str(file["entry/exit_status"].asstr()[()])
                     frames = int(file["entry/ledger/received"][()])
                     spooled = int(file["entry/ledger/spooled"][()])
-        except (OSError, KeyError, TypeError, ValueError):
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError):
             pass  # not as we write it: then nobody knows how it ended
     return Found(
         path=path,

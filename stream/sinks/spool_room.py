@@ -2,16 +2,20 @@
 
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from stream.sinks.spool_run import SAFE, files_of
+from stream.sinks.spool_run import SAFE, files_of, master_name
 
 logger = logging.getLogger(__name__)
 
 DISK_BYTES = 2**24
 """Left free on the disk, for what HDF5 writes of a part when it is completed."""
+
+SHARE = 0.1
+"""Of the time, in which a spool that is full is looked through: it may have thousands of files."""
 
 
 class Room:
@@ -28,6 +32,7 @@ class Room:
     def __init__(self, directory: Path, keep_bytes: int) -> None:
         self._directory, self._keep_bytes = directory, keep_bytes
         self._held = 0
+        self._look_due = 0.0
         self.count()
 
     def count(self) -> None:
@@ -53,13 +58,20 @@ class Room:
         """
         if self._fits(size):
             return True
+        begin = time.monotonic()
+        if begin < self._look_due:
+            return False
         self.count()
         proven = [run for run in runs(self._directory) if (run / SAFE).is_file() and run != running]
         for run in sorted(proven, key=_ended):
             if self._fits(size):
                 break
             self._remove(run)
-        return self._fits(size)
+        if self._fits(size):
+            return True
+        end = time.monotonic()
+        self._look_due = end + (end - begin) / SHARE
+        return False
 
     def _fits(self, size: int) -> bool:
         free = shutil.disk_usage(self._directory).free
@@ -67,7 +79,7 @@ class Room:
 
     def _remove(self, run: Path) -> None:
         for path in files_of(run):
-            path.unlink()
+            path.unlink(missing_ok=True)
         with suppress(OSError):  # what others have put there stays
             run.rmdir()
         self.count()
@@ -88,4 +100,7 @@ def _size(path: Path) -> int:
 
 def _ended(run: Path) -> float:
     """Return when the master was written last; 0 if the run was on the point of being removed before."""
-    return max((path.stat().st_mtime for path in files_of(run) if path.name.endswith("_master.h5")), default=0.0)
+    try:
+        return (run / master_name(run)).stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

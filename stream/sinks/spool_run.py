@@ -140,9 +140,15 @@ class SpooledRun:
 
 
 def files_of(run: Path) -> list[Path]:
-    """Return the files in the directory of a run that are ours, in the order in which they can be removed."""
+    """Return the files in the directory of a run that are ours, in the order in which they can be removed.
+
+    Others may take the directory away at any time; then there are none.
+    """
     ours = re.compile(rf"\.?{re.escape(run.name)}_(data_\d+\.h5|master\.h5|way\.json)|{SAFE}")
-    found = [path for path in run.iterdir() if ours.fullmatch(path.name)]
+    try:
+        found = [path for path in run.iterdir() if ours.fullmatch(path.name)]
+    except FileNotFoundError:
+        return []
     return sorted(found, key=lambda path: (path.name == SAFE, path.name == master_name(run)))
 
 
