@@ -136,7 +136,7 @@ class Handshakes:
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 self._n_broken += 1
         if self._keys is not None and self._n_broken >= BROKEN:
-            self.refusal = "has another key than we were given for it, or is not there"
+            self.refusal = "has another key than we were given for it, or none, or is not there"
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,7 +177,10 @@ def test_without_keys_a_gateway_that_has_some_is_not_waited_for(keys):
 
 def test_with_keys_a_gateway_that_has_none_is_not_trusted(keys):
     with opened(None) as hub:
-        refused(Address(hub.address, "beamline", keys.of("node")), "the gateway has no keys, and we have")
+        refused(
+            Address(hub.address, "beamline", keys.of("node")),
+            "the gateway has (no keys, and we have|another key than we were given for it, or none)",
+        )
 
 
 def test_a_gateway_that_is_away_is_waited_for_with_keys_too(keys):

@@ -14,7 +14,7 @@ import pytest
 from tests.bridge import HERE, Bridge
 from tests.link import Link
 from tests.plane import DEADLINE, REGIONS
-from tests.test_backfill import N_FRAMES, Beamline, documents_of, frames, ledger_of, live, undisturbed
+from tests.test_backfill import LAST_LOOK, N_FRAMES, SLOW, Beamline, documents_of, frames, ledger_of, live, undisturbed
 from tests.test_bulk_manager import by_globus, fake
 from tests.test_command_line import finished
 from tests.test_ingest_bluesky import proxy
@@ -62,7 +62,7 @@ class Fallback(Beamline):
         within = ("--repair-within", "200 s", "--plane", self.told, "--publish", self.results)
         return super().merger(*within, *options)
 
-    def send(self, frames, rate="200 Hz"):
+    def send(self, frames, rate=SLOW):
         return self.start("replay", frames, "--to", self.detector, "--rate", rate)
 
     @property
@@ -92,8 +92,8 @@ class Fallback(Beamline):
         sender = self.send(frames)
         wait(lambda ledger: ledger["received"] > 100)
         self.link.cut()
-        cut_at = self.status["frames"]
-        until(sender, lambda: self.status["frames"] > cut_at + 700)  # more than a ring has room for
+        enough = min(self.status["frames"] + 700, LAST_LOOK)  # more than a ring has room for
+        until(sender, lambda: self.status["frames"] > enough)
         if not for_good:
             sender.send_signal(signal.SIGSTOP)  # so that the run is not over before anybody has looked
             self.link.restore()

@@ -21,11 +21,11 @@ from tests.test_kill import GEOMETRY
 pytestmark = pytest.mark.timeout(240)
 
 SHAPE = (256, 512)
-N_FRAMES = 1024
-"""268 MB of them."""
+N_FRAMES = 1280
+"""335 MB of them."""
 SLOW = 2
 """Partial sums until it is slow no more; the slower it is, the more frames are between them."""
-MORE = 110e6
+MORE = 150e6
 """What else a worker needs once it has frames (bytes): state, partial sums, what Kafka just answered."""
 
 
