@@ -1,9 +1,7 @@
 """The record of runs that go by file: on disk before anything is done for them. One SQLite file, one writer."""
 
 import json
-import os
-import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
@@ -11,8 +9,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
-from hpc_bridge import record
-from hpc_bridge.errors import RecordError
+from hpc_bridge.record import Record
 
 SCHEMA = 73
 """Unlike those of other records, whose files it is not."""
@@ -155,10 +152,9 @@ class Runs:
     Every method may raise RecordError; each that writes has written to disk when it returns.
     """
 
-    def __init__(self, path: Path, connection: sqlite3.Connection, lock: int | None) -> None:
-        self._path = path
-        self._connection = connection
-        self._lock = lock
+    def __init__(self, record: Record) -> None:
+        self._record = record
+        self._do = record.do
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -169,20 +165,7 @@ class Runs:
         RecordError
             Another manager has it, or it is something else.
         """
-        lock = record.lock(path, "manager")
-        try:
-            connection = sqlite3.connect(path, isolation_level=None)
-        except sqlite3.Error as error:
-            os.close(lock)
-            raise RecordError(f"{path}: {error}") from None
-        connection.row_factory = record.row
-        runs = cls(path, connection, lock)
-        try:
-            runs._prepare()
-        except RecordError:
-            runs.close()
-            raise
-        return runs
+        return cls(Record.open(path, _TABLES, SCHEMA, writer="manager", what="runs by file"))
 
     def __enter__(self) -> Self:
         return self
@@ -194,10 +177,7 @@ class Runs:
 
     def close(self) -> None:
         """Let others have it."""
-        self._connection.close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._record.close()
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -250,27 +230,6 @@ class Runs:
     def _runs(self, where: str, values: tuple[object, ...]) -> Iterator[Run]:
         rows = self._do(f"SELECT * FROM runs WHERE {where} ORDER BY created, rowid", values)  # noqa: S608
         return map(_run, rows)
-
-    def _prepare(self) -> None:
-        self._do("PRAGMA journal_mode = WAL")
-        self._do("PRAGMA synchronous = FULL")
-        if not self._do("SELECT 1 FROM sqlite_master") and self._version() == 0:
-            try:
-                self._connection.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
-            except sqlite3.Error as error:
-                raise RecordError(f"{self._path}: {error}") from None
-        if self._version() != SCHEMA:
-            raise RecordError(f"{self._path}: it is no record of runs by file that this hpc-bridge knows")
-
-    def _version(self) -> int:
-        [[version]] = [row.values() for row in self._do("PRAGMA user_version")]
-        return int(version)
-
-    def _do(self, statement: str, values: Sequence[object] | Mapping[str, object] = ()) -> list[dict[str, Any]]:
-        try:
-            return self._connection.execute(statement, values).fetchall()
-        except sqlite3.Error as error:
-            raise RecordError(f"{self._path}: {error}") from None
 
 
 def _run(row: dict[str, Any]) -> Run:

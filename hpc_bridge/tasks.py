@@ -14,19 +14,17 @@ may still run it while another one does: it has to write its results under anoth
 """
 
 import json
-import os
 import re
-import sqlite3
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from hpc_bridge import record
 from hpc_bridge.errors import ConfigError, RecordError
 from hpc_bridge.heartbeat import MAX_COMMAND, MAX_PATH, MAX_RESULTS, MAX_WORDS, Digest
+from hpc_bridge.record import Record
 
 SCHEMA = 75
 """Unlike those of leases and of moves, whose files it is not."""
@@ -101,10 +99,9 @@ class Tasks:
     Every method may raise RecordError; each that writes has written to disk when it returns.
     """
 
-    def __init__(self, path: Path, connection: sqlite3.Connection, lock: int | None) -> None:
-        self._path = path
-        self._connection = connection
-        self._lock = lock
+    def __init__(self, record: Record) -> None:
+        self._record = record
+        self._do = record.do
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -115,32 +112,12 @@ class Tasks:
         RecordError
             Another manager has it, or it is something else.
         """
-        lock = record.lock(path, "manager")
-        try:
-            tasks = cls(path, _connect(path), lock)
-        except RecordError:
-            os.close(lock)
-            raise
-        try:
-            tasks._prepare()
-        except RecordError:
-            tasks.close()
-            raise
-        return tasks
+        return cls(Record.open(path, _TABLES, SCHEMA, writer="manager", what="tasks"))
 
     @classmethod
     def look(cls, path: Path) -> Self:
         """Open the record to read it, whether a manager has it or not."""
-        if not path.is_file():
-            raise RecordError(f"{path}: there is no such record")
-        tasks = cls(path, _connect(path), None)
-        try:
-            tasks._do("PRAGMA query_only = ON")
-            tasks._check()
-        except RecordError:
-            tasks.close()
-            raise
-        return tasks
+        return cls(Record.look(path, SCHEMA, what="tasks"))
 
     def __enter__(self) -> Self:
         return self
@@ -152,10 +129,7 @@ class Tasks:
 
     def close(self) -> None:
         """Let others have it."""
-        self._connection.close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._record.close()
 
     def add(
         self,
@@ -338,32 +312,8 @@ class Tasks:
     def _of(self, task: str) -> Task:
         found = self.get(task)
         if found is None:
-            raise RecordError(f"{self._path}: task {task} is not in it")
+            raise RecordError(f"{self._record.path}: task {task} is not in it")
         return found
-
-    def _prepare(self) -> None:
-        self._do("PRAGMA journal_mode = WAL")
-        self._do("PRAGMA synchronous = FULL")
-        if not self._do("SELECT 1 FROM sqlite_master") and self._version() == 0:
-            try:
-                self._connection.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
-            except sqlite3.Error as error:
-                raise RecordError(f"{self._path}: {error}") from None
-        self._check()
-
-    def _check(self) -> None:
-        if self._version() != SCHEMA:
-            raise RecordError(f"{self._path}: it is no record of tasks that this hpc-bridge knows")
-
-    def _version(self) -> int:
-        [[version]] = [row.values() for row in self._do("PRAGMA user_version")]
-        return int(version)
-
-    def _do(self, statement: str, values: tuple[object, ...] | Mapping[str, object] = ()) -> list[dict[str, Any]]:
-        try:
-            return self._connection.execute(statement, values).fetchall()
-        except sqlite3.Error as error:
-            raise RecordError(f"{self._path}: {error}") from None
 
 
 def _task(row: dict[str, Any]) -> Task:
@@ -392,12 +342,3 @@ def _see_that_it_can_be_told(task: str, command: Sequence[str], results: Sequenc
             raise ConfigError(f"task {task}: result {path!r:.200} is no absolute path of {MAX_PATH} bytes at most")
     if any("\0" in word for word in command):
         raise ConfigError(f"task {task}: a word of its command has a zero byte")
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    try:
-        connection = sqlite3.connect(path, isolation_level=None)
-    except sqlite3.Error as error:
-        raise RecordError(f"{path}: {error}") from None
-    connection.row_factory = record.row
-    return connection

@@ -1,16 +1,13 @@
 """The record of requests to move files: on disk before anything is asked of anybody. One SQLite file, one writer."""
 
 import hashlib
-import os
-import sqlite3
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from hpc_bridge import record
 from hpc_bridge.errors import RecordError
+from hpc_bridge.record import Record
 from hpc_bridge.transfer import Progress, Request, State
 
 SCHEMA = 74
@@ -73,10 +70,9 @@ class Moves:
     Every method may raise RecordError; each that writes has written to disk when it returns.
     """
 
-    def __init__(self, path: Path, connection: sqlite3.Connection, lock: int | None) -> None:
-        self._path = path
-        self._connection = connection
-        self._lock = lock
+    def __init__(self, record: Record) -> None:
+        self._record = record
+        self._do = record.do
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -87,32 +83,12 @@ class Moves:
         RecordError
             Another mover has it, or it is something else.
         """
-        lock = record.lock(path, "mover")
-        try:
-            moves = cls(path, _connect(path), lock)
-        except RecordError:
-            os.close(lock)
-            raise
-        try:
-            moves._prepare()
-        except RecordError:
-            moves.close()
-            raise
-        return moves
+        return cls(Record.open(path, _TABLES, SCHEMA, writer="mover", what="requests to move files"))
 
     @classmethod
     def look(cls, path: Path) -> Self:
         """Open the record to read it, whether a mover has it or not."""
-        if not path.is_file():
-            raise RecordError(f"{path}: there is no such record")
-        moves = cls(path, _connect(path), None)
-        try:
-            moves._do("PRAGMA query_only = ON")
-            moves._check()
-        except RecordError:
-            moves.close()
-            raise
-        return moves
+        return cls(Record.look(path, SCHEMA, what="requests to move files"))
 
     def __enter__(self) -> Self:
         return self
@@ -124,10 +100,7 @@ class Moves:
 
     def close(self) -> None:
         """Let others have it."""
-        self._connection.close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._record.close()
 
     def add(self, request: Request, priority: int, now: float, since: float | None = None) -> Move:
         """Write down a request.
@@ -251,43 +224,10 @@ class Moves:
     def _of(self, move: str) -> Move:
         found = self.get(move)
         if found is None:
-            raise RecordError(f"{self._path}: request {move} is not in it")
+            raise RecordError(f"{self._record.path}: request {move} is not in it")
         return found
-
-    def _prepare(self) -> None:
-        self._do("PRAGMA journal_mode = WAL")
-        self._do("PRAGMA synchronous = FULL")
-        if not self._do("SELECT 1 FROM sqlite_master") and self._version() == 0:
-            try:
-                self._connection.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
-            except sqlite3.Error as error:
-                raise RecordError(f"{self._path}: {error}") from None
-        self._check()
-
-    def _check(self) -> None:
-        if self._version() != SCHEMA:
-            raise RecordError(f"{self._path}: it is no record of requests to move files that this hpc-bridge knows")
-
-    def _version(self) -> int:
-        [[version]] = [row.values() for row in self._do("PRAGMA user_version")]
-        return int(version)
-
-    def _do(self, statement: str, values: tuple[object, ...] | Mapping[str, object] = ()) -> list[dict[str, Any]]:
-        try:
-            return self._connection.execute(statement, values).fetchall()
-        except sqlite3.Error as error:
-            raise RecordError(f"{self._path}: {error}") from None
 
 
 def move_of(request: Request) -> str:
     """Return the name of a request: the same for the same files, from and to the same places."""
     return hashlib.sha256(request.model_dump_json(exclude={"deadline"}).encode()).hexdigest()[:12]
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    try:
-        connection = sqlite3.connect(path, isolation_level=None)
-    except sqlite3.Error as error:
-        raise RecordError(f"{path}: {error}") from None
-    connection.row_factory = record.row
-    return connection

@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -100,15 +101,14 @@ def _found(path: Path) -> Found | None:
     ours = files_of(path)
     exit_status, run, frames, spooled = None, path.name, None, None
     if master.stat().st_size <= MASTER_BYTES:
-        try:
-            with h5py.File(BytesIO(master.read_bytes()), "r") as file:
-                run = str(file["entry/entry_identifier"].asstr()[()])
-                if "entry/exit_status" in file:
-                    exit_status = str(file["entry/exit_status"].asstr()[()])
-                    frames = int(file["entry/ledger/received"][()])
-                    spooled = int(file["entry/ledger/spooled"][()])
-        except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError):
-            pass  # not as we write it: then nobody knows how it ended
+        # Of what is not as we write it nobody knows how it ended.
+        wrong = OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError
+        with suppress(*wrong), h5py.File(BytesIO(master.read_bytes()), "r") as file:
+            run = str(file["entry/entry_identifier"].asstr()[()])
+            if "entry/exit_status" in file:
+                exit_status = str(file["entry/exit_status"].asstr()[()])
+                frames = int(file["entry/ledger/received"][()])
+                spooled = int(file["entry/ledger/spooled"][()])
     return Found(
         path=path,
         run=run,
