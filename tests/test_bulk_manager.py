@@ -210,7 +210,8 @@ def test_twenty_runs_of_three_beamlines_one_identity_in_the_order_of_priority(fi
         assert all(files.is_turned(file, results) for file in of_beamline)
     out = [document for document in fake.documents if document["destination_endpoint"] == CENTRE]
     priorities = [names[name] for document in out for name in names if f" {name} " in document["label"]]
-    assert priorities[3:] == sorted(priorities[3:], reverse=True)
+    # Three are sent at once, so that neighbours may arrive in either order.
+    assert all(one >= later for n, one in enumerate(priorities[3:]) for later in priorities[3:][n + 3 :])
     assert len({document["label"] for document in fake.documents}) == len(fake.documents) == 40
     assert fake.most_active <= 3
     assert files.n_handed_out() == 20

@@ -273,7 +273,7 @@ def test_prometheus_is_told_frames_and_losses_over_all_runs(page, run):
     for name in (run, f"{run}-b"):
         page.publish(start(name), ledger(name, received=1000, lost=1), ledger(name, received=1990, lost=10), stop(name))
     page.wait_for(
-        lambda now: now['xpcs_runs_total{state="complete"}'] == before.get('xpcs_runs_total{state="complete"}', 0) + 2
+        lambda now: now['xpcs_runs_total{state="complete"}'] == before['xpcs_runs_total{state="complete"}'] + 2
     )
     now = page.metrics()
     assert now["xpcs_frames_total"] - before["xpcs_frames_total"] == 2 * 1990

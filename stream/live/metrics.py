@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from stream.live.view import PLANES
 
 LOSSES = ("lost", "late", "duplicate", "undecodable", "stray")
+ENDS = ("complete", "aborted", "failed")
 
 BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
@@ -48,6 +49,8 @@ class Metrics:
         )
         for cause in LOSSES:
             self._losses.labels(cause)
+        for end in ENDS:
+            self._runs.labels(end)
         self._before: dict[str, int] = {}
         self._key = ""
         self._state = ""
@@ -78,7 +81,7 @@ class Metrics:
             self._losses.labels(cause).inc(self._more(cause, state))
         if state["state"] != self._state:
             self._state = state["state"]
-            if self._state in ("complete", "aborted", "failed"):
+            if self._state in ENDS:
                 self._runs.labels(self._state).inc()
 
     def reject(self) -> None:
