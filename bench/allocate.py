@@ -149,7 +149,7 @@ class _Beamline:
         runs = {} if out is None else {"run_engine": out.replace("tcp", "zmq+bluesky")}
         return Bridge(
             folder, command, scheduler="slurm", through=self._slurm.through,
-            nodes=1, idle_nodes=idle_nodes, max_nodes=2, linger="1 s", **runs,
+            nodes=1, idle_nodes=idle_nodes, max_nodes=2, linger="1 s", lost_after="3 s", **runs,
         )  # fmt: skip
 
 

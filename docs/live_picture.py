@@ -28,8 +28,9 @@ def main() -> None:
         source, port = f"zmq+dectris://127.0.0.1:{free_port()}", free_port()
         detector = ["simulate", "--qmap", qmap, "--to", source, "--frames", str(FRAMES), "--rate", "200 Hz"]
         physics = ["--mean-counts", "0.3", "--diffusion", "4e5 angstrom^2/s", "--lose", "0.01"]
+        correlator = ["run", "--source", source, "--qmap", qmap, "--two-time", "128"]
         for arguments in (
-            ["run", "--source", source, "--qmap", qmap, "--quiet", "--live", f"live://127.0.0.1:{port}"],
+            [*correlator, "--quiet", "--live", f"live://127.0.0.1:{port}"],
             [*detector, *physics, "--sample", "silica in glycerol, 25 °C"],
         ):
             process = stack.enter_context(subprocess.Popen([*COMMAND, *arguments]))
@@ -37,7 +38,7 @@ def main() -> None:
         wait_for(port)
         playwright = stack.enter_context(sync_playwright())
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1600, "height": 940})
+        page = browser.new_page(viewport={"width": 1600, "height": 1110})
         page.goto(f"http://127.0.0.1:{port}/")
         deadline = time.monotonic() + 240
         while not page.evaluate("xpcs.state.run.n_frames > 5000 && xpcs.state.fit !== null"):

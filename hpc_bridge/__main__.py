@@ -1,11 +1,11 @@
 """The command line."""
 
 import logging
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from hpc_bridge import bulk_command, commands, pilot_command, transfer_command
+from hpc_bridge import bulk_command, commands, logs, pilot_command, transfer_command
 from hpc_bridge.errors import BridgeError
 
 
@@ -16,7 +16,7 @@ class _Commands(typer.core.TyperGroup):
             return super().invoke(ctx)
         except BridgeError as error:
             for line in str(error).splitlines():
-                typer.echo(f"hpc-bridge: {line}", err=True)
+                logs.say(line if logs.is_json() else f"hpc-bridge: {line}", logging.ERROR)
             raise typer.Exit(1) from None
 
 
@@ -31,9 +31,18 @@ app = typer.Typer(
 
 
 @app.callback()
-def main() -> None:
+def main(
+    ctx: typer.Context,
+    log_format: Annotated[
+        logs.Format,
+        typer.Option(
+            envvar=logs.VARIABLE,
+            help="Of what is told by standard error: in words, or as one JSON object a line, for machines.",
+        ),
+    ] = "text",
+) -> None:
     """Compute nodes from on-demand and preemptable queues, for a beamline."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logs.configure(f"hpc-bridge {ctx.invoked_subcommand}", log_format)
 
 
 # Every job begins with it: nothing that takes its time to import may be imported up here.

@@ -23,6 +23,7 @@ from hpc_bridge import tasks
 from hpc_bridge.bulk_config import Files, words
 from hpc_bridge.bulk_record import Known, Origin, Result, Run, Runs, Stage
 from hpc_bridge.errors import ConfigError
+from hpc_bridge.logs import bound
 from hpc_bridge.tasks import Task, Tasks
 from hpc_bridge.transfer import File, Place, Request, State
 from hpc_bridge.transfer_mover import ARRIVED
@@ -144,6 +145,10 @@ class Bulk:
         """Return a run, over or not."""
         return self._open.get((beamline, name)) or self._runs.get(beamline, name)
 
+    def count(self, beamline: str) -> dict[str, int]:
+        """Return how many there are on record, by stage."""
+        return self._runs.count(beamline)
+
     def last(self, beamline: str, number: int) -> list[Run]:
         """Return those that ended last."""
         return self._runs.last(beamline, number)
@@ -180,7 +185,8 @@ class Bulk:
                 since=now,
                 refused={},
             )
-            _log.info("%s %s: %d files, %s", run.beamline, run.name, len(run.files), run.origin)
+            with bound(beamline=run.beamline, run=run.run):
+                _log.info("%s %s: %d files, %s", run.beamline, run.name, len(run.files), run.origin)
             return self._put(run)
         if noticed.lost and not known.lost and known.origin is Origin.STREAM:
             return self._lost(known, files, deadline, now)
@@ -250,7 +256,8 @@ class Bulk:
                 self._follow(beamline, routes, now)
         for run in self.open_runs:
             if (held := sight.beamlines.get(run.beamline)) is not None:
-                self._see_to(run, held, sight, now)
+                with bound(beamline=run.beamline, run=run.run):
+                    self._see_to(run, held, sight, now)
             if (order := self._order(run.key, now)) is not None:
                 self._ordered.add(run.key)
                 orders.append(order)

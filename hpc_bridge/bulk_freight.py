@@ -276,6 +276,10 @@ class Freight:
             "runs": [self._report(run, held.routes, moves, now) for run in runs],
         }
 
+    def count(self, beamline: str) -> dict[str, int]:
+        """Return how many runs of a beamline are on record, by stage."""
+        return self._bulk.count(beamline)
+
     def _report(self, run: Run, routes: Routes, moves: Mapping[str, Move], now: float) -> dict[str, Any]:
         move = None if run.move is None or run.ended is not None else moves.get(run.move)
         return report_run(

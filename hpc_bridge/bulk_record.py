@@ -223,6 +223,11 @@ class Runs:
         )
         return [_run(row) for row in rows]
 
+    def count(self, beamline: str) -> dict[str, int]:
+        """Return how many there are, by stage."""
+        rows = self._do("SELECT stage, COUNT(*) AS n FROM runs WHERE beamline = ? GROUP BY stage", (beamline,))
+        return {row["stage"]: int(row["n"]) for row in rows}
+
     def prune(self, handed_in: float, others: float) -> None:
         """Forget runs that ended before these times: those that were handed in, and others."""
         self._do("DELETE FROM runs WHERE ended < CASE origin WHEN 'submitted' THEN ? ELSE ? END", (handed_in, others))

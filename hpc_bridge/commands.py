@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from hpc_bridge.logs import say
 
 # Only what `--help` needs is imported up here: every job begins with a command of this program.
 if TYPE_CHECKING:
@@ -41,6 +43,14 @@ def up(
     detach: Annotated[
         bool, typer.Option("--detach", "-d", help="Manage in the background; the log is in the state directory.")
     ] = False,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Serve Prometheus at http://HOST:PORT/metrics; a PORT alone is for this machine only. Whoever reaches "
+            "it sees sites, accounts and what is used of them, no names of runs and no secrets.",
+        ),
+    ] = None,
     state: State = STATE,
 ) -> None:
     """Hold compute nodes for beamlines, from now on until `down`.
@@ -62,14 +72,17 @@ def up(
     except NoManager:
         if detach:
             files = [str(file.absolute()) for file in beamlines or ()]
-            _detach(state, [*files, *(word for file in site or () for word in ("--site", str(file.absolute())))])
+            at = [] if metrics is None else ["--metrics", metrics]
+            _detach(state, [*files, *(word for file in site or () for word in ("--site", str(file.absolute()))), *at])
         else:
-            _manage(state, wanted, sites)
+            _manage(state, wanted, sites, metrics)
         return
+    if metrics is not None:
+        raise typer.BadParameter("--metrics is for who becomes the manager; there is one")
     for beamline in wanted:
         there = [sites[name].model_dump(mode="json") for name in beamline.sites if name in sites]
         ask(state, {"do": "up", "beamline": beamline.model_dump(mode="json"), "sites": there})
-        typer.echo(f"{beamline.beamline}: {beamline.nodes} nodes are wanted; see hpc-bridge status", err=True)
+        say(f"{beamline.beamline}: {beamline.nodes} nodes are wanted; see hpc-bridge status")
 
 
 def down(
@@ -206,15 +219,24 @@ def check(
     raise typer.Exit(0 if is_well else 1)
 
 
-def _manage(state: Path, wanted: "Sequence[Beamline]", sites: "Mapping[str, Site]") -> None:
+def _manage(state: Path, wanted: "Sequence[Beamline]", sites: "Mapping[str, Site]", metrics: str | None) -> None:
     from hpc_bridge.manager import Manager
 
     logging.getLogger("hpc_bridge").setLevel(logging.INFO)
     logging.getLogger("parsl").setLevel(logging.CRITICAL)  # what goes wrong is told by us, once
-    with Manager(state) as manager, stopped_by_signals() as stop:
+    with ExitStack() as stack:
+        manager = stack.enter_context(Manager(state))
+        stop = stack.enter_context(stopped_by_signals())
+        if metrics is not None:
+            from hpc_bridge.metrics import Metrics
+            from hpc_bridge.scraped import served
+
+            told = Metrics()
+            manager.watch = told.take
+            stack.enter_context(served(metrics, told.registry))
         for beamline in wanted:
             manager.up(beamline, sites)
-        typer.echo(f"manages {', '.join(manager.beamlines) or 'nothing: name a beamline'}", err=True)
+        say(f"manages {', '.join(manager.beamlines) or 'nothing: name a beamline'}")
         manager.run(stop)
 
 
@@ -239,7 +261,7 @@ def _detach(state: Path, arguments: Sequence[str]) -> None:
         except NoManager:
             stop.wait(0.05)
             continue
-        typer.echo(f"manager {process.pid} writes {log}", err=True)
+        say(f"manager {process.pid} writes {log}")
         return
     said = log.read_text(errors="replace").splitlines() or ["nothing"]
     raise BridgeError(f"the manager ended with {process.returncode}, and said: {said[-1]}")

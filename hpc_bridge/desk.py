@@ -12,6 +12,7 @@ from hpc_bridge.config import Site
 from hpc_bridge.errors import BridgeError, SchedulerRefused
 from hpc_bridge.job import Job, JobSpec
 from hpc_bridge.leases import PREFIXES
+from hpc_bridge.logs import bind
 from hpc_bridge.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class Desk:
             _log.warning("%s: what is under way hangs: it is left to itself", self._site)
 
     def _run(self) -> None:
+        bind(site=self._site)
         while not self._is_closed:
             self._work.get()()
 

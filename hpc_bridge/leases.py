@@ -289,6 +289,16 @@ class Leases:
         )
         return float(row["cost"])
 
+    def cost_by_account(self, beamline: str, *, since: float, now: float) -> dict[tuple[str, str], float]:
+        """Return the node-seconds that a beamline used from `since` to `now`, by site and account."""
+        rows = self._do(
+            f"SELECT site, account, TOTAL(nodes * MAX(0, {_USED_UNTIL} - MAX(started, :since))) AS cost FROM leases"  # noqa: S608
+            " WHERE beamline = :beamline AND started IS NOT NULL AND (ended IS NULL OR ended > :since)"
+            " GROUP BY site, account",
+            {"beamline": beamline, "since": since, "now": now},
+        )
+        return {(row["site"], row["account"]): float(row["cost"]) for row in rows}
+
     def cost_by_run(self, beamline: str, *, since: float, now: float) -> dict[str, float]:
         """Return the node-seconds used while each run was on that ended after `since`, or did not end.
 

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -16,27 +16,27 @@ from types import TracebackType
 from typing import Any, Self
 
 from hpc_bridge.assembly import job_of, keys_of, scheduler_of
-from hpc_bridge.bulk import Routes
 from hpc_bridge.bulk_freight import Freight, Submission
-from hpc_bridge.bulk_gateway import Nodes
 from hpc_bridge.config import Beamline, Site, checked
 from hpc_bridge.control import Control
-from hpc_bridge.demand import Demand, FilesDemand
 from hpc_bridge.desk import Desk, Listed, Submitted
 from hpc_bridge.dialing import Addresses
-from hpc_bridge.dispatch import Dispatch
 from hpc_bridge.errors import BridgeError, BudgetExceeded, ConfigError
 from hpc_bridge.hearing import Hearing
 from hpc_bridge.heartbeat import Assignment, Do, Heard
+from hpc_bridge.held import Held
 from hpc_bridge.leases import Kind, Leases
+from hpc_bridge.logs import bound
 from hpc_bridge.pool import CancelJob, Pool, SubmitJob
-from hpc_bridge.reconcile import State, View
-from hpc_bridge.report import report
-from hpc_bridge.runs import Points, Runs, Told, runs_of
+from hpc_bridge.report import Seen, report
+from hpc_bridge.runs import Points, Told, runs_of
 from hpc_bridge.state import StateDirectory
 from hpc_bridge.tasks import Tasks
 
 _log = logging.getLogger(__name__)
+
+WATCH = 1.0
+"""Seconds between looks for who watches us."""
 
 PACE = 0.1
 """Seconds that a look at everything may wait for heartbeats."""
@@ -57,6 +57,10 @@ class Manager:
     """
 
     def __init__(self, state: Path) -> None:
+        self.watch: Callable[[Seen], object] | None = None
+        """Is told every second how everything is."""
+        self._watched = 0.0
+        self._submissions: Counter[tuple[str, str]] = Counter()
         self._directory = StateDirectory(state)
         self._answers: SimpleQueue[Listed | Submitted] = SimpleQueue()
         self._began = time.time()
@@ -70,7 +74,7 @@ class Manager:
         self._away: dict[str, float] = {}
         """Since when."""
         self._listed: dict[str, float] = {}
-        self._beamlines: dict[str, _Held] = {}
+        self._beamlines: dict[str, Held] = {}
         self._open = ExitStack()
         with ExitStack() as stack:
             self._leases = stack.enter_context(Leases.open(self._directory.record))
@@ -124,11 +128,15 @@ class Manager:
             for desk in self._desks.values():
                 desk.list()
             for name, held in list(self._beamlines.items()):
-                self._give_orders(held)
+                with bound(beamline=name):
+                    self._give_orders(held)
                 if held.is_let_go and not self._leases.open_leases(name):
                     self._forget(name)
             self._freight.step({name: held.nodes for name, held in self._beamlines.items()}, self._away)
             self._control.serve(self._answer)
+            if self.watch is not None and time.monotonic() - self._watched >= WATCH:
+                self.watch(self._look())
+                self._watched = time.monotonic()
 
     @property
     def beamlines(self) -> list[str]:
@@ -198,7 +206,21 @@ class Manager:
             },
         }
 
-    def _held(self, beamline: Beamline, sites: Mapping[str, Site], *, is_let_go: bool) -> "_Held":
+    def _look(self) -> Seen:
+        now, used = time.time(), {}
+        for name in self._beamlines:
+            for account, seconds in self._leases.cost_by_account(name, since=self._began, now=now).items():
+                used[name, *account] = seconds
+        return Seen(
+            at=now,
+            report=self.report(),
+            sites={name: held.beamline.sites for name, held in self._beamlines.items()},
+            used=used,
+            stages={name: self._freight.count(name) for name in self._beamlines},
+            submissions=dict(self._submissions),
+        )
+
+    def _held(self, beamline: Beamline, sites: Mapping[str, Site], *, is_let_go: bool) -> Held:
         if missing := [name for name in beamline.sites if name not in sites]:
             raise ConfigError(f"beamline {beamline.beamline}: nothing is said of site {', '.join(missing)}")
         pool = Pool(beamline, sites, self._leases, now=time.time())
@@ -217,15 +239,15 @@ class Manager:
         if beamline.run_engine is not None:
             group = f"{beamline.beamline}.hpc-bridge"
             runs = runs_of(beamline.run_engine, group=group, properties=beamline.kafka_properties)
-        held = _Held(beamline, pool, files, self._leases, self._tasks, runs, is_let_go=is_let_go)
+        held = Held(beamline, pool, files, self._leases, self._tasks, runs, is_let_go=is_let_go)
         held.routes = routes
         return held
 
-    def _hold(self, held: "_Held") -> None:
+    def _hold(self, held: Held) -> None:
         self._beamlines[held.beamline.beamline] = held
         self._freight.hold(held.beamline.beamline, held.routes)
 
-    def _see_that_it_is_paid(self, held: "_Held", sites: Mapping[str, Site]) -> None:
+    def _see_that_it_is_paid(self, held: Held, sites: Mapping[str, Site]) -> None:
         beamline = held.beamline
         has = len(self._leases.open_leases(beamline.beamline, Kind.STREAM))
         wants = max(0, (beamline.nodes or beamline.idle_nodes) + beamline.spares - has)
@@ -291,7 +313,7 @@ class Manager:
         may_begin = do is Do.GO_ON and not held.is_let_go
         return held.dispatch.answer(heard, site=lease.site, may_begin=may_begin)
 
-    def _give_orders(self, held: "_Held") -> None:
+    def _give_orders(self, held: Held) -> None:
         now = time.time()
         self._tell_of_files(held.beamline.beamline, held.look_at_runs(now), now)
         held.views = [view for pool in held.pools for view in pool.views(now)]
@@ -304,11 +326,13 @@ class Manager:
             match order:
                 case SubmitJob(lease):
                     instead = f", instead of {lease.replaces}" if lease.replaces else ""
-                    _log.info("%s: asked of %s at %s%s", lease.name, lease.queue, lease.site, instead)
                     site = self._sites[lease.site]
+                    with bound(site=lease.site):
+                        _log.info("%s: asked of %s at %s%s", lease.name, lease.queue, lease.site, instead)
                     self._desks[lease.site].submit(lease.lease, job_of(lease, site, held.beamline))
                 case CancelJob(site=name, job_id=job_id, why=why):
-                    _log.info("job %s at %s is cancelled: %s", job_id, name, why)
+                    with bound(site=name):
+                        _log.info("job %s at %s is cancelled: %s", job_id, name, why)
                     self._desks[name].cancel(job_id)
 
     def _tell_of_files(self, beamline: str, told: Sequence[Told | Points], now: float) -> None:
@@ -324,8 +348,12 @@ class Manager:
                 return
             match answer:
                 case Listed():
-                    self._take_listing(answer)
+                    with bound(site=answer.site):
+                        self._take_listing(answer)
                 case Submitted(lease=lease, at=at, job_id=job_id, refused=refused):
+                    if (known := self._leases.get(lease)) is not None:
+                        outcome = "accepted" if job_id is not None else "refused" if refused else "unanswered"
+                        self._submissions[known.site, outcome] += 1
                     for pool in [pool for held in self._beamlines.values() for pool in held.pools]:
                         if job_id is not None:
                             pool.submitted(lease, job_id, at)
@@ -386,104 +414,3 @@ class Manager:
 def _ear(site: Site) -> str:
     """Return the name of the ear that hears a site's pilots: those that dial one address share one."""
     return site.heartbeats.bind or site.site
-
-
-class _Held:
-    """A beamline."""
-
-    def __init__(
-        self,
-        beamline: Beamline,
-        pool: Pool,
-        files: Mapping[str, Pool],
-        leases: Leases,
-        tasks: Tasks,
-        runs: Runs | None,
-        *,
-        is_let_go: bool,
-    ) -> None:
-        self.beamline, self.pool, self.is_let_go = beamline, pool, is_let_go
-        self.files = files
-        """Pools of kind "files", by site: a task has its files at one of them."""
-        retry_after = 0.0 if beamline.files is None else beamline.files.retry_after.total_seconds()
-        self.dispatch = Dispatch(beamline.beamline, tasks, retry_after=retry_after)
-        self.routes: Routes | None = None
-        """Of its files, if it says something of them and is not let go."""
-        self.views: list[View] = []
-        self.wanted = 0
-        self.files_wanted: dict[str, int] = {}
-        self._leases, self._tasks = leases, tasks
-        now = time.time()
-        n_files = Counter(lease.site for lease in leases.open_leases(beamline.beamline, Kind.FILES))
-        nodes, linger = (
-            (0, 0.0) if beamline.files is None else (beamline.files.nodes, beamline.files.linger.total_seconds())
-        )
-        self._files_demand = FilesDemand(nodes, linger, n_files, now)
-        since = time.time() - beamline.linger.total_seconds()
-        has = len(leases.open_leases(beamline.beamline, Kind.STREAM))
-        self._demand = Demand(beamline, leases.runs(beamline.beamline, since), has=has)
-        self._runs = runs
-
-    @property
-    def pools(self) -> list[Pool]:
-        """That for the stream, and those for files."""
-        return [self.pool, *self.files.values()]
-
-    def pools_at(self, site: str) -> list[Pool]:
-        """Return those that have nodes at a site."""
-        stream = [self.pool] if site in self.beamline.sites else []
-        return [*stream, *(pool for name, pool in self.files.items() if name == site)]
-
-    @property
-    def nodes(self) -> Nodes:
-        """What matters of those for the stream to those who see to its files."""
-        serving = [view for view in self.views if view.lease.kind is Kind.STREAM and view.state is State.SERVING]
-        heard_at = max((view.heard.at for view in serving if view.heard is not None), default=None)
-        return Nodes(heard_at=heard_at, is_wanted=self.wanted > 0)
-
-    def close(self) -> None:
-        """Listen to the run engine no more."""
-        if self._runs is not None:
-            self._runs.__exit__(None, None, None)
-
-    def look_at_runs(self, now: float) -> list[Told | Points]:
-        """Take note of runs that began or ended, and return all that was told."""
-        found = self._runs.look() if self._runs is not None else []
-        for told in found:
-            if isinstance(told, Points):
-                continue
-            name = self.beamline.beamline
-            _log.info("%s: run %s %s", name, told.run, "begins" if told.began else "ended")
-            if told.began:
-                self._leases.run_began(name, told.run, now)
-                self._demand.began(told.run, now)
-            else:
-                self._leases.run_ended(name, told.run, now)
-                self._demand.ended(told.run, now)
-        return found
-
-    def want(self, now: float) -> int:
-        """Return how many nodes are wanted."""
-        is_stream = (view for view in self.views if view.lease.kind is Kind.STREAM)
-        serving = [view for view in is_stream if view.state is State.SERVING]
-        lags = [view.heard.heartbeat.status.lag_s for view in serving if view.heard is not None]
-        lag = max((lag for lag in lags if lag is not None), default=None)
-        self.wanted = 0 if self.is_let_go else self._demand.wanted(now, lag=lag, serving=len(serving))
-        return self.wanted
-
-    def want_files(self, now: float) -> dict[str, int]:
-        """Return how many nodes for files are wanted at each site."""
-        if self.is_let_go or self.beamline.files is None:
-            self.files_wanted = {}
-        else:
-            reached = [name for name, pool in self.files.items() if pool.reaches(name)]
-            asked = self._tasks.asked(self.beamline.beamline, reached, self.beamline.files.nodes, now)
-            self.files_wanted = self._files_demand.wanted(now, asked)
-        return self.files_wanted
-
-    def take_back_tasks(self, now: float) -> None:
-        """Let the tasks wait again whose pilots were lost; once it is decided what becomes of these."""
-        views = [view for pool in self.files.values() for view in pool.views(now)]
-        lost = (State.SILENT, State.OVER)
-        living = {view.lease.lease for view in views if view.state not in lost}
-        self.dispatch.take_back(living, {view.lease.lease: view.why for view in [*self.views, *views]})

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from hpc_bridge.logs import bind
+
 
 def pilot(
     lease: Annotated[str, typer.Option(metavar="ID", help="The manager's name for this pilot.")],
@@ -62,6 +64,7 @@ def pilot(
     hpc-bridge pilot --lease 3f2a... --manager tcp://gateway:5570 --
     xpcs-stream worker --name {name} --status {status} ...
     """
+    bind(lease=lease)
     from hpc_bridge.curve import PilotKeys
     from hpc_bridge.line import Awaited
 

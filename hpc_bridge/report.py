@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -16,6 +17,24 @@ from hpc_bridge.leases import LONGEST_RUN, Leases
 from hpc_bridge.reconcile import View
 
 _STYLES = {"serving": "green", "draining": "yellow", "silent": "bold red", "over": "dim"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """How a manager and all that it holds were at one moment."""
+
+    at: float
+    """Seconds of the Unix epoch."""
+    report: Mapping[str, Any]
+    """What `hpc-bridge status` shows."""
+    sites: Mapping[str, Sequence[str]]
+    """Where every beamline has nodes."""
+    used: Mapping[tuple[str, str, str], float]
+    """Node-seconds since the manager began, by beamline, site and account."""
+    stages: Mapping[str, Mapping[str, int]]
+    """How many runs of every beamline go by file, by stage."""
+    submissions: Mapping[tuple[str, str], int]
+    """Jobs that were asked for since then, by site and what came of it."""
 
 
 def report(

@@ -4,20 +4,22 @@ import re
 from datetime import timedelta
 from typing import Annotated, Any
 
-import pint
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_]{0,31}"
 """Of sites, queues and beamlines: they become parts of names of jobs and files."""
 
-_QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?)\s*(s|min|h|hours?|minutes?|seconds?|days?)\s*")
-"""Narrower than what pint reads: it would raise 9**9**9**9 to its power."""
+_QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?)\s*(s|min|h|(?:second|minute|hour|day)s?)\s*")
+_SHORT = {"s": "seconds", "min": "minutes", "h": "hours"}
 
 
 def _time(value: Any) -> Any:
     """Turn ``"72 h"`` into a timedelta; ``72:00:00`` and plain seconds are pydantic's matter."""
     match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
-    return timedelta(seconds=pint.Quantity(float(match[1]), match[2]).to("s").magnitude) if match else value
+    if match is None:
+        return value
+    number, unit = match.groups()
+    return timedelta(**{_SHORT.get(unit, unit.removesuffix("s") + "s"): float(number)})
 
 
 def _positive(value: timedelta) -> timedelta:

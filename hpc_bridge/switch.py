@@ -7,11 +7,14 @@ The manager looks every second or so::
         switch = decide(switch, Measured(ack_lag=..., heartbeat_age=..., ...), switching, now)
         # switch.plane, switch.why and switch.since are what the gateway is told
 
-stream        all is well.
-stream+file   frames may be missing from the results, or are late: the file of the run goes, too. Streaming goes on,
-              since late and incomplete results are better than none.
-file          streaming is of no use: nobody takes the frames, or they are lost again and again on a link that the
-              files need. They are in the spool only.
+stream
+    All is well.
+stream+file
+    Frames may be missing from the results, or are late: the file of the run goes, too. Streaming goes on, since late
+    and incomplete results are better than none.
+file
+    Streaming is of no use: nobody takes the frames, or they are lost again and again on a link that the files need.
+    They are in the spool only.
 
 A degradation is at once. A return goes step by step, each after `steady` without complaint and not before `dwell`; on
 top of that who complains and who is content again have limits of their own. What is not known changes nothing: a

@@ -6,6 +6,7 @@ from queue import Empty, SimpleQueue
 from threading import Event, Thread
 
 from hpc_bridge.errors import BridgeError
+from hpc_bridge.logs import bound
 from hpc_bridge.transfer import Transfer
 from hpc_bridge.transfer_mover import Answer, Mover, Order, carry_out
 
@@ -46,7 +47,8 @@ def run(
             continue
         if isinstance(answer, _Broken):
             raise answer
-        mover.answered(order, answer, time.time())
+        with bound(beamline=order.move.request.beamline, run=order.move.request.run):
+            mover.answered(order, answer, time.time())
 
 
 def _carry_out(order: Order, transfer: Transfer, answers: "SimpleQueue[tuple[Order, Answer]]") -> None:

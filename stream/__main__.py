@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 
-from stream import live_command, plane_commands, result_commands
+from stream import live_command, logs, plane_commands, result_commands
 from stream.errors import ConfigError, SinkError, XpcsStreamError
+from stream.logs import say
 from stream.options import (
     Documents,
     FrameTime,
@@ -25,12 +25,15 @@ from stream.options import (
     RunEngine,
     SecretKey,
     TokenFile,
+    TwoTime,
+    TwoTimeBy,
     measured,
     only_given,
     option_of,
     roots_of,
     say_where,
     stopped_by_signals,
+    two_time_of,
 )
 from stream.result_commands import save, show_facts
 
@@ -51,7 +54,7 @@ class _Commands(typer.core.TyperGroup):
             return super().invoke(ctx)
         except XpcsStreamError as error:
             for line in str(error).splitlines():
-                typer.echo(f"xpcs-stream: {line}", err=True)
+                say(line if logs.is_json() else f"xpcs-stream: {line}", logging.ERROR)
             raise typer.Exit(1) from None
 
 
@@ -78,6 +81,13 @@ def _version(wanted: bool) -> None:
 def main(
     ctx: typer.Context,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more about what happens.")] = False,
+    log_format: Annotated[
+        logs.Format,
+        typer.Option(
+            envvar=logs.VARIABLE,
+            help="Of what is told by standard error: in words, or as one JSON object a line, for machines.",
+        ),
+    ] = "text",
     _version_wanted: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -102,13 +112,12 @@ def main(
     FILE                       .h5 .hdf5 .nxs .hdf, or recorded .cbors .cbors.xz
     """
     # Results go to standard output, everything meant for eyes to standard error.
-    ctx.obj = console = Console(stderr=True)
-    handler = RichHandler(console=console, show_path=False) if console.is_terminal else logging.StreamHandler()
-    logging.basicConfig(
+    ctx.obj = console = Console(stderr=True, quiet=log_format == "json")
+    logs.configure(
+        f"xpcs-stream {ctx.invoked_subcommand}",
         level=logging.INFO if verbose else logging.WARNING,
-        format="%(message)s" if console.is_terminal else "%(asctime)s %(levelname)s %(name)s: %(message)s",
-        handlers=[handler],
-        force=True,
+        how=log_format,
+        console=console,
     )
 
 
@@ -146,6 +155,11 @@ def run(
     error: Annotated[
         str | None, typer.Option(help="Error bars from the spread over 'static' bins, or over each 'pixel'.")
     ] = None,
+    segments: Annotated[
+        int | None, typer.Option(help="Parts of the run of which g2 is told too, 8 if not given.")
+    ] = None,
+    two_time: TwoTime = None,
+    two_time_normalisation: TwoTimeBy = None,
     publish_every: Annotated[str | None, typer.Option(help='Time between interim results: "1 s".')] = None,
     threads: Annotated[int | None, typer.Option(help="Threads that correlate; one per core if not given.")] = None,
     runs: Annotated[int | None, typer.Option(min=1, help="Stop after so many runs.")] = None,
@@ -172,7 +186,15 @@ def run(
                 "roots": roots_of(root),
             },
             "qmap": qmap,
-            "operators": {"multitau": {"delays_per_level": delays_per_level, "levels": levels, "error": error}},
+            "operators": {
+                "multitau": {
+                    "delays_per_level": delays_per_level,
+                    "levels": levels,
+                    "error": error,
+                    "segments": segments,
+                },
+                "twotime": two_time_of(two_time, two_time_normalisation),
+            },
             "sinks": [sink for sink in (None if quiet else "console", out, publish, live, *(documents or ())) if sink],
             "token_file": token_file and str(token_file),
             "kafka_properties": kafka_properties and str(kafka_properties),
@@ -206,7 +228,7 @@ def compile_ahead() -> None:
     """
     from stream.correlators import compile_all
 
-    compile_all(lambda text: typer.echo(text, err=True))
+    compile_all(say)
 
 
 def _correlate(configuration: "Configuration", runs: int | None, console: Console) -> None:
@@ -233,7 +255,7 @@ def _correlate(configuration: "Configuration", runs: int | None, console: Consol
         for sink in sinks:
             stack.enter_context(sink)
         # A detector that waits for a receiver must find one that is ready.
-        compile_kernels(make, roimap, lambda text: typer.echo(text, err=True))
+        compile_kernels(make, roimap, say)
         keys = proxy_keys(configuration)
         source = stack.enter_context(
             source_of(configuration.source, give="photons", kafka_properties=properties, keys=keys)
@@ -241,7 +263,7 @@ def _correlate(configuration: "Configuration", runs: int | None, console: Consol
         for at in configuration.sinks:
             if at.startswith("live://"):
                 say_where(at, configuration.token_file)
-        typer.echo(f"taking frames from {configuration.source.address}", err=True)
+        say(f"taking frames from {configuration.source.address}")
         Pipeline(
             source,
             make,
@@ -255,7 +277,7 @@ def _correlate(configuration: "Configuration", runs: int | None, console: Consol
     left = checkpoints.load(Path(checkpoint.path)) if checkpoint and stop.is_set() else None
     if checkpoint and left and left.running and left.running.stop is None:
         run, frame = left.running.start.run, int(left.running.ledger["next_frame"])
-        typer.echo(f"run {run} left at frame {frame} in {checkpoint.path}; start again to go on", err=True)
+        say(f"run {run} left at frame {frame} in {checkpoint.path}; start again to go on")
 
 
 @app.command()
@@ -316,7 +338,7 @@ def simulate(
     faults = Faults(lose=lose, duplicate=duplicate, reorder=reorder, truncate=truncate, delay=delay, seed=seed)
     with _detector(to, stream, faults) as (sink, stop):
         sent = send(source, sink, stop, paced=not as_fast_as_possible, rate=rate)
-        typer.echo(f"sent {sent}", err=True)
+        say(f"sent {sent}")
 
 
 @app.command()
@@ -356,7 +378,7 @@ def replay(
             sent = send_recorded(messages(file), sink.send, stop, rate=rate if paced else None)
         else:
             sent = send(source, sink, stop, paced=paced, rate=rate)
-        typer.echo(f"sent {sent}", err=True)
+        say(f"sent {sent}")
 
 
 def _frames_at_once(rate: float | None) -> int:
@@ -383,12 +405,12 @@ def _detector(to: str, stream: str, faults: "Faults") -> Iterator[tuple["Dectris
                 case _:
                     raise ConfigError(f"{to}: frames are sent to zmq+dectris://HOST:PORT or zmq://HOST:PORT")
             with sink:
-                typer.echo(f"waiting for a receiver at {sink.address}", err=True)
+                say(f"waiting for a receiver at {sink.address}")
                 yield sink, stop
         except SinkError as error:
             if not stop.is_set():
                 raise
-            typer.echo(error, err=True)
+            say(error)
 
 
 @app.command()

@@ -25,7 +25,7 @@ from stream.ingest.simulated import SimulatedSource
 from stream.ingest.zmq import ZmqSource
 from stream.kafka import create_topic, read_properties
 from stream.messages import Give
-from stream.operators.multitau import delays
+from stream.operators.g2 import delays
 from stream.operators.roimap import RoiMap
 from stream.protocols import Sink, Source
 from stream.sinks.console import ConsoleSink
@@ -183,7 +183,9 @@ def _live(text: str, configuration: Configuration) -> LiveSink:
     host, port = live_at(text)
     token = read_token(Path(configuration.token_file) if configuration.token_file else None)
     qmap, source = Path(configuration.qmap), configuration.source.address
-    return LiveSink(host, port, qmap=qmap, source=source, token=token)
+    places = [address(sink) for sink in configuration.sinks if sink != "console"]
+    files = next((Path(where.target) for where in places if where.transport == "hdf5"), None)
+    return LiveSink(host, port, qmap=qmap, source=source, token=token, files=files)
 
 
 def _documents_of(

@@ -327,6 +327,8 @@ class Repairs:
                 for part in self._cut.cut(output):
                     if part.region in self._regions and isinstance(part, RunStart):
                         self._log.write(repair(part, self._name, is_all=self._is_all))
+            case Result(final=False):
+                return  # nobody waits to hear that we are there
             case Result(operator="ledger"):
                 # How long ago a frame of a file was measured says nothing.
                 arrays = {**output.arrays, "lag": np.array(np.nan)}

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from stream import logs
 from stream.assembly import sinks_of, source_of
 from stream.config import SourceSection, check, there
 from stream.correlators import compile_kernels, operators_of
@@ -28,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 def main() -> None:
     """Say "ready", or why not, by standard output; then correlate until standard input ends."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logs.configure("xpcs-stream bluesky")
     said = os.fdopen(os.dup(1), "w")
     options = json.loads(sys.argv[1])
     with ExitStack() as stack:

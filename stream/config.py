@@ -230,6 +230,8 @@ class MultiTauSection(_Section):
     levels: Annotated[int, Field(ge=1, le=28)] = 16
     error: Literal["static", "pixel"] = "static"
     """Error bars from the spread over static bins, or over pixels as the APS does (slower, more memory)."""
+    segments: Annotated[int, Field(ge=0, le=64)] = 8
+    """Successive parts of the run, at most, of which g2 is told too; 0: of none."""
 
 
 class TwoTimeSection(_Section):

@@ -12,13 +12,14 @@ import numpy as np
 
 from stream import kernel_cache
 from stream.config import Configuration, check
+from stream.errors import ConfigError
 from stream.messages import DTYPES, Events, FrameBatch, RunStart
 from stream.operators.intensity import Intensity
 from stream.operators.kernels import CACHE
 from stream.operators.multitau import MultiTau
 from stream.operators.roimap import RoiMap
 from stream.operators.scattering import Scattering
-from stream.operators.twotime import TwoTime
+from stream.operators.twotime import TwoTime, partial_bytes
 from stream.protocols import Operator
 
 Make = Callable[[RunStart], list[Operator]]
@@ -40,6 +41,31 @@ def operators_of(configuration: Configuration, roimap: RoiMap) -> Make:
         return made
 
     return make
+
+
+def check_partials(configuration: Configuration, roimap: RoiMap, most: int) -> None:
+    """Refuse operators of which partial sums may be more than so many bytes.
+
+    Raises
+    ------
+    ConfigError
+        Says what would fit.
+    """
+    section = configuration.operators.twotime
+    if section is None:
+        return
+    every = np.arange(1, roimap.n_dynamic + 1)
+    rows = roimap.dynamic_of_static if section.normalisation == "static" else every
+    n_rows = int(np.isin(rows, section.bins or every).sum())
+    needed = partial_bytes(section.frames, section.levels, n_rows)
+    if needed > most:
+        fits = (n for n in range(section.frames, 1, -1) if partial_bytes(n, section.levels, n_rows) <= most)
+        frames = next(fits, None)
+        raise ConfigError(
+            f"twotime: partial sums of {section.frames} frames and {n_rows} {section.normalisation} bins may be "
+            f"{needed / 1e6:.3g} MB, more than the {most / 1e6:.3g} MB of a record; "
+            + (f"{frames} frames would fit" if frames else "take a map with fewer bins")
+        )
 
 
 def compile_kernels(make: Make, roimap: RoiMap, say: Callable[[str], None]) -> None:

@@ -2,10 +2,12 @@
 
 CSV
     One line per bin and delay, in float64 that reads back bit for bit; what is not known is empty. The first line names
-    the columns with their units, and nothing stands above it: so pandas and Excel read it as it is.
+    the columns with their units, and nothing stands above it: so pandas and Excel read it as it is. Of each segment of
+    the run two columns follow, named by its begin and end in s: g2_0_to_2.56_s, g2_err_0_to_2.56_s.
 NetCDF, Zarr
     An xarray.Dataset, by h5netcdf or zarr: ``g2``, ``g2_err`` (delay, bin) over the coordinates ``tau`` and ``q``,
-    ``phi``, with their units, and ``c2`` (processed_bin, t1, t2) if a two-time correlation was made.
+    ``phi``, with their units; ``c2`` (processed_bin, t1, t2) if a two-time correlation was made; ``g2_segments``,
+    ``g2_err_segments`` (segment, delay, bin) of successive parts of the run, if there are some.
 """
 
 import csv
@@ -88,6 +90,12 @@ def dataset(curves: Curves) -> "xarray.Dataset":
         arrays["c2"] = (("processed_bin", "t1", "t2"), c2, {"long_name": "two-time correlation, upper half"})
         coordinates |= {"processed_bin": twotime.bins}
         coordinates |= {name: ((name,), twotime.time, {"units": "s"}) for name in ("t1", "t2")}
+    if (parts := curves.segments) is not None:
+        arrays["g2_segments"] = (("segment", "delay", "bin"), parts.g2, {"long_name": "g2 of parts of the run"})
+        arrays["g2_err_segments"] = (("segment", "delay", "bin"), parts.g2_err, {"long_name": "its standard error"})
+        coordinates |= {"segment": np.arange(1, len(parts.start) + 1)}
+        for name, values in (("segment_start", parts.start), ("segment_stop", parts.stop)):
+            coordinates[name] = (("segment",), values, {"units": "s"})
     told = {name.replace(" ", "_"): value for name, value in curves.facts.items()}
     attributes = {"run": curves.run, "source": str(curves.path), "format": curves.format, **told}
     return xarray.Dataset(arrays, coordinates, attributes)
@@ -97,12 +105,16 @@ def _csv(curves: Curves, path: Path) -> None:
     # With a byte order mark Excel would know its encoding, and others would not know the first column: all is ASCII.
     with path.open("w", newline="", encoding="ascii") as file:
         lines = csv.writer(file)
-        lines.writerow(COLUMNS)
+        parts = curves.segments
+        spans = [] if parts is None else list(zip(parts.start, parts.stop, strict=True))
+        names = [f"{name}_{start:.9g}_to_{stop:.9g}_s" for start, stop in spans for name in ("g2", "g2_err")]
+        lines.writerow([*COLUMNS, *names])
         for b in range(len(curves.q)):
             for d in range(len(curves.tau)):
                 numbers = (
                     *(curves.q[b], curves.phi[b], curves.tau[d]),
                     *(curves.g2[d, b], curves.g2_err[d, b], curves.n_pairs[d]),
+                    *(() if parts is None else np.stack([parts.g2[:, d, b], parts.g2_err[:, d, b]], axis=1).ravel()),
                 )
                 lines.writerow([b + 1, *("" if np.isnan(number) else repr(float(number)) for number in numbers)])
 

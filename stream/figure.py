@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from stream.compare import Comparison
 from stream.fit import Fit, fits
 from stream.operators.roimap import RoiMap
-from stream.result import Curves, TwoTimes, opened, read
+from stream.result import Curves, Segments, TwoTimes, opened, read
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,8 @@ def draw_comparison(a: Curves, b: Curves, found: Comparison) -> Figure:
 
 def _draw(curves: Curves, file: h5py.File) -> Figure:
     is_whole = all(name in file for name in _NEEDED)
-    height = max(7.5 if is_whole else 3.0, 2.0 * _grid(min(len(curves.q), _MOST_PANELS))[0])
+    drawn = 7.5 if curves.segments is None else 9.9
+    height = max(drawn if is_whole else 3.0, 2.0 * _grid(min(len(curves.q), _MOST_PANELS))[0])
     n_two_times = min(len(curves.twotime.bins), _MOST_TWO_TIMES) if curves.twotime else 0
     below = 2.9 * math.ceil(n_two_times / 4)
     heights = [0.65, height, *([below] if below else [])]
@@ -154,11 +155,14 @@ def _draw(curves: Curves, file: h5py.File) -> Figure:
     _header(header, curves, file)
     _correlations(left, curves, file)
     if right is not None:
-        image, scattering, intensity, blank = right.subplots(4, 1, height_ratios=[3.5, 2.2, 1.8, height - 7.4])
+        heights = [3.5, 2.2, 1.8, *([2.4] if curves.segments else []), height - drawn + 0.1]
+        image, scattering, intensity, *segments, blank = right.subplots(len(heights), 1, height_ratios=heights)
         blank.remove()
         _image(image, file)
         _scattering(scattering, file["xpcs/temporal_mean"])
         _intensity(intensity, file)
+        if curves.segments is not None:
+            _ageing(segments[0], curves, curves.segments)
     if curves.twotime is not None and rest:
         _two_times(rest[0], curves, curves.twotime)
     _quiet(figure)
@@ -371,6 +375,29 @@ def _intensity(axes: Axes, file: h5py.File) -> None:
     axes.set_xlabel("time (s)", color=_INK)
     axes.set_ylabel("counts", color=_INK)
     axes.set_title("mean counts per pixel and frame" + "; lost frames red", fontsize=9, color=_INK)
+    axes.grid(color=_PALE, alpha=0.2, linewidth=0.6)
+
+
+def _ageing(axes: Axes, curves: Curves, parts: Segments) -> None:
+    """Draw g2 of the first bin of which it is known, of every segment."""
+    bins = np.flatnonzero(np.isfinite(parts.g2).any(axis=(0, 1)))
+    if not bins.size:
+        axes.remove()
+        return
+    index = int(bins[0])
+    colors = colormaps["viridis"](np.linspace(0, 0.85, len(parts.start)))
+    for g2, error, color in zip(parts.g2[:, :, index], parts.g2_err[:, :, index], colors, strict=True):
+        known = np.isfinite(g2)
+        points = curves.tau[known], g2[known], np.nan_to_num(error[known])
+        axes.errorbar(*points, fmt=".-", markersize=3, linewidth=0.8, elinewidth=0.6, color=color, alpha=0.8)
+    axes.plot(curves.tau, curves.g2[:, index], color=_INK, linewidth=1.2)
+    trusted = ~(curves.n_pairs < _FEW_PAIRS * len(parts.start))
+    axes.set(xscale="log", ylim=_range(parts.g2[:, trusted, index]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("τ (s)", color=_INK)
+    axes.set_ylabel("g₂", color=_INK)
+    named = f"g₂, {curves.named(index)}: whole run (dark) and in {len(parts.start)} parts, early to late"
+    axes.set_title(named, fontsize=9, color=_INK)
     axes.grid(color=_PALE, alpha=0.2, linewidth=0.6)
 
 

@@ -63,6 +63,8 @@ class GatewayRuns:
         Which way frames go now.
     frames, n_bytes
         That came so far, of all runs.
+    unsent
+        Frames of these that went by file only.
     runs
         The last ones.
     """
@@ -70,7 +72,7 @@ class GatewayRuns:
     def __init__(self, plane: PlaneFile | None, spool: Spool | None) -> None:
         self.plane: Way = "stream"
         self.why = ""
-        self.frames = self.n_bytes = 0
+        self.frames = self.n_bytes = self.unsent = 0
         self.runs: deque[Run] = deque(maxlen=MOST_RUNS)
         self.lock = threading.Lock()
         """Of all of these."""
@@ -89,6 +91,11 @@ class GatewayRuns:
         """The run that is on."""
         return self.runs[-1] if self.runs and not self.runs[-1].ended else None
 
+    @property
+    def n_runs(self) -> int:
+        """How many began."""
+        return self._n_starts
+
     def is_sent(self, message: RunStart | FrameBatch | RunStop) -> bool:
         """Take note of what came; tell whether it goes to the workers. Only frames ever do not."""
         with self.lock:
@@ -103,6 +110,7 @@ class GatewayRuns:
                     self.frames += len(frames)
                     self.n_bytes += n_bytes(frames)
                     is_sent = self.plane != "file"
+                    self.unsent += 0 if is_sent else len(frames)
                     if self.run is not None and self.run.start.run == message.run:
                         self.run.frames += len(frames)
                         self.run.unsent += 0 if is_sent else len(frames)

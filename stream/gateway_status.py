@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,6 +33,20 @@ MOST_RUNS = 100
 """That are told of; those that nobody has proven safe before others."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """How a gateway was."""
+
+    at: float
+    """When, `time.monotonic`."""
+    told: Mapping[str, Any]
+    """What the file says."""
+    deliveries: Sequence[Delivery]
+    """Of all planes, in their order."""
+    room_bytes: int | None
+    """That the spool still takes; None: not known."""
+
+
 class GatewayStatus:
     """Tells how a gateway is: every second, and at once when a run begins or ends.
 
@@ -47,9 +62,25 @@ class GatewayStatus:
         Where frames go.
     spool
         Where they are, too.
+    is_watched
+        Look every second also without a file, for who reads `last`.
+
+    Attributes
+    ----------
+    last
+        What was seen last; None: nothing yet.
     """
 
-    def __init__(self, path: Path | None, runs: GatewayRuns, sinks: Sequence[Sent], spool: Spool | None) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        runs: GatewayRuns,
+        sinks: Sequence[Sent],
+        spool: Spool | None,
+        *,
+        is_watched: bool = False,
+    ) -> None:
+        self.last: Seen | None = None
         self._runs, self._sinks, self._spool = runs, sinks, spool
         self._inventory = Inventory(spool.directory) if spool is not None else None
         self._rates: deque[tuple[float, int, int, int]] = deque([(time.monotonic(), 0, 0, 0)])
@@ -58,7 +89,7 @@ class GatewayStatus:
         self._is_closing = False
         self._has_changed = threading.Event()
         self._thread: threading.Thread | None = None
-        if path is not None:
+        if path is not None or is_watched:
             runs.has_changed = self._has_changed.set
             self._thread = threading.Thread(target=self._run, args=(path,), name="gateway status", daemon=True)
 
@@ -78,23 +109,25 @@ class GatewayStatus:
             if self._thread.is_alive():
                 _log.warning("how the gateway ended is not told: the file of its status, or its spool, takes too long")
 
-    def _run(self, path: Path) -> None:
+    def _run(self, path: Path | None) -> None:
         is_last = False
         while not is_last:
             self._has_changed.wait(EVERY)
             self._has_changed.clear()
             is_last = self._is_closing
             try:
-                told = json.dumps(self.told())
-                temporary = path.with_name(path.name + ".tmp")
-                temporary.write_text(told)
-                temporary.replace(path)
+                told = self.told()
+                if path is not None:
+                    temporary = path.with_name(path.name + ".tmp")
+                    temporary.write_text(json.dumps(told))
+                    temporary.replace(path)
             except OSError as error:
                 self._complain(f"{path}: cannot be written: {error.strerror}")
 
     def told(self) -> dict[str, Any]:
         """Return what the file says."""
-        lag, lost, unsafe_run = _together([sink.delivery() for sink in self._sinks])
+        deliveries = [sink.delivery() for sink in self._sinks]
+        lag, lost, unsafe_run = _together(deliveries)
         with self._runs.lock:
             self._runs.look()
             frames, n_bytes, written = self._rate()
@@ -113,10 +146,10 @@ class GatewayStatus:
             }
         here = {each.number: self._spool.path_of(each.start) for each in known} if self._spool is not None else {}
         found: list[dict[str, Any]] = []
-        told["spool"] = None
+        told["spool"] = room = None
         if self._spool is not None:
             of_path = {path: ways[number] for number, path in here.items() if path is not None}
-            told["spool"], found = self._look_at(self._spool, written, of_path)
+            told["spool"], found, room = self._look_at(self._spool, written, of_path)
         paths = {each["path"] for each in found}
         runs = [
             _streamed(each, ways[each.number])
@@ -124,12 +157,13 @@ class GatewayStatus:
             if (path := here.get(each.number)) is None or (not each.ended and f"{path.absolute()}" not in paths)
         ] + found
         told["runs"] = _last(runs)
+        self.last = Seen(at=time.monotonic(), told=told, deliveries=deliveries, room_bytes=room)
         return told
 
     def _look_at(
         self, spool: Spool, written: float, ways: Mapping[Path, dict[str, Any]]
-    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Return how a spool is, and what is in it."""
+    ) -> tuple[dict[str, Any], list[dict[str, Any]], int | None]:
+        """Return how a spool is, what is in it, and how many bytes more it takes."""
         running = spool.running  # before the look: of all others the files are complete then
         told = {"directory": f"{spool.directory.absolute()}", "lost": spool.lost, "full_in_s": 0.0, "held_bytes": None}
         try:
@@ -142,12 +176,13 @@ class GatewayStatus:
                     self._remember(each.path, ways[each.path])
         except OSError as error:
             self._complain(f"spool {spool.directory}: {error.strerror}")
-            return told, []
+            return told, [], None
         told |= {"full_in_s": room / written if written > 0 else None, "held_bytes": held}
-        return told, [
+        runs = [
             _spooled(each, ways.get(each.path) or _left(remembered(each.path)), is_running=each.path == running)
             for each in found
         ]
+        return told, runs, room
 
     def _remember(self, path: Path, way: dict[str, Any]) -> None:
         if self._remembered.get(path) == way:

@@ -19,7 +19,7 @@ from typing import Self
 import zmq
 
 from stream.curve import GatewayKeys
-from stream.delivery import Delivery
+from stream.delivery import Delivery, HubState, LogState
 from stream.errors import DecodeError, SinkError
 from stream.hub_wire import MAX_BYTES, OVERHEAD, Had, Here, Put, Read, Record, Refused, Said, pack, unpack
 from stream.ring import Ring
@@ -109,7 +109,7 @@ class Hub:
         self._rings = {frames_log(region): Ring(ring_bytes) for region in range(n_regions)}
         self._rings[PARTIALS] = Ring(max(ring_bytes, PARTIALS_BYTES))
         self._changed = threading.Condition()
-        """Of the rings."""
+        """Of the rings, and of who reads them."""
         self._group = Group(n_regions)
         self._readers: dict[bytes, _Reader] = {}
         self._writers: dict[str, int] = {}
@@ -201,11 +201,38 @@ class Hub:
             rings = [ring for log, ring in self._rings.items() if log != PARTIALS]
             unsafe = [kept for ring in rings if (kept := ring.unsafe) is not None]
             lost = sum((ring.lost_of for ring in rings), Counter[int]())
+            through = self._state()
         since = min((kept.at for kept in unsafe), default=None)
         return Delivery(
             lag=0.0 if since is None else time.monotonic() - since,
             lost=lost,
             unsafe_run=min((kept.run for kept in unsafe), default=None),
+            n_lost=sum(log.lost for log in through.logs if log.region is not None),
+            through=through,
+        )
+
+    def _state(self) -> HubState:
+        windows: dict[str, list[int]] = {log: [0, 0, 0] for log in self._rings}
+        for reader in self._readers.values():
+            for i, more in enumerate((1, reader.window, reader.n_bytes)):
+                windows[reader.log][i] += more
+        return HubState(
+            logs=[
+                LogState(
+                    region=region if log != PARTIALS else None,
+                    appended=ring.end,
+                    safe=ring.safe,
+                    lost=ring.lost,
+                    held_bytes=ring.limit - ring.room,
+                    room_bytes=ring.room,
+                    readers=windows[log][0],
+                    window_bytes=windows[log][1],
+                    used_bytes=windows[log][2],
+                )
+                for region, (log, ring) in enumerate(self._rings.items())
+            ],
+            workers=self._group.n_workers,
+            served=len(self._group.owners),
         )
 
     def _unsafe(self) -> dict[str, int]:
@@ -312,24 +339,24 @@ class Hub:
             _log.info("regions are shared out among %d workers: %s", len(counts), " + ".join(map(str, counts)))
 
     def _take_note(self, who: bytes, read: Read) -> None:
-        reader = self._readers.pop(who, None)
         with self._changed:
+            reader = self._readers.pop(who, None)
             ring = self._rings[read.log]
             is_of_ring = read.ring == ring.name
             if is_of_ring and read.safe > ring.safe:
                 ring.release(read.safe)
                 self._changed.notify_all()
-        if reader is None or reader.log != read.log:
-            reader = _Reader(read.log, read.next if is_of_ring else 0, 0.0)
-        elif read.again and is_of_ring:
-            reader.on_its_way.clear()
-            reader.next, reader.n_bytes = read.next, 0
-        if is_of_ring:
-            reader.has_read(read.next)
-        reader.window, reader.heard_at = read.window, time.monotonic()
-        self._readers[who] = reader  # behind all others: the one that has been silent longest goes
-        while len(self._readers) > MOST_READERS:
-            del self._readers[next(iter(self._readers))]
+            if reader is None or reader.log != read.log:
+                reader = _Reader(read.log, read.next if is_of_ring else 0, 0.0)
+            elif read.again and is_of_ring:
+                reader.on_its_way.clear()
+                reader.next, reader.n_bytes = read.next, 0
+            if is_of_ring:
+                reader.has_read(read.next)
+            reader.window, reader.heard_at = read.window, time.monotonic()
+            self._readers[who] = reader  # behind all others: the one that has been silent longest goes
+            while len(self._readers) > MOST_READERS:
+                del self._readers[next(iter(self._readers))]
 
     def _send_round(self) -> bool:
         """Send every reader one record at most; tell whether there was anything to send."""
@@ -360,7 +387,8 @@ class Hub:
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            self._readers.pop(who, None)
+            with self._changed:
+                self._readers.pop(who, None)
             return False
         return True
 

@@ -13,7 +13,7 @@ from functools import partial
 from types import TracebackType
 from typing import Self
 
-from stream.delivery import Delivery
+from stream.delivery import Delivery, KafkaState
 from stream.errors import SinkError, SourceError
 from stream.ingest.kafka import KafkaResults, KafkaSource
 from stream.kafka import ANSWER, Cluster, create_topic
@@ -130,8 +130,19 @@ class KafkaFrames:
 
     def delivery(self) -> Delivery:
         """Return how far the frames are; what Kafka no longer keeps is not known."""
-        unsafe_run = min((run for run, n in dict(self._waiting).items() if n > 0), default=None)
-        return Delivery(lag=self._lag.lag(), lost=None if self._waits else dict(self._lost), unsafe_run=unsafe_run)
+        waiting, lost = dict(self._waiting), None if self._waits else dict(self._lost)
+        return Delivery(
+            lag=self._lag.lag(),
+            lost=lost,
+            unsafe_run=min((run for run, n in waiting.items() if n > 0), default=None),
+            n_lost=None if lost is None else sum(lost.values()),
+            through=KafkaState(
+                delivered=self._sink.delivered,
+                failed=self._sink.failed,
+                waiting=self._sink.waiting,
+                waiting_bytes=self._n_bytes,
+            ),
+        )
 
     def _offer(self, output: Output, run: int) -> None:
         try:
@@ -183,6 +194,8 @@ class KafkaPlane:
     properties
         Settings of librdkafka, see `stream.kafka.Cluster`.
     """
+
+    partial_bytes = PARTIALS_BYTES - 2**12  # names, checksums and framing
 
     def __init__(self, where: str, properties: Properties) -> None:
         self._where = where

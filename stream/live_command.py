@@ -23,6 +23,15 @@ def live(
         str, typer.Option(help="Where browsers come to: live://HOST:PORT.", metavar="ADDRESS")
     ] = "live://127.0.0.1:8050",
     token_file: TokenFile = None,
+    files: Annotated[
+        Path | None,
+        typer.Option(
+            "--results",
+            help="Where result files of the last day are, which the page shows as earlier runs: their directory, or "
+            "what --out was given.",
+            metavar="DIR",
+        ),
+    ] = None,
 ) -> None:
     """Serve a page that shows results as they are published, and the runs of the day.
 
@@ -48,4 +57,4 @@ def live(
         results = stack.enter_context(ZmqResults(where.target))
         stop: threading.Event = stack.enter_context(stopped_by_signals())
         say_where(at, token_file)
-        Server(listening, results, roimap=roimap, source=address, token=token, stop=stop).run()
+        Server(listening, results, roimap=roimap, source=address, token=token, stop=stop, files=files).run()

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from stream import heartbeat
 from stream.errors import CheckpointError
 from stream.ledger import Ledger
 from stream.messages import Arrays, Output, Result, RunStart, RunStop
@@ -54,6 +55,8 @@ class _Region:
     """Of the operators."""
     operators: Sequence[Operator] = ()
     """While they are asked for all the time: they take more memory than sums."""
+    heard: float = field(default_factory=time.monotonic)
+    """When something came of it last."""
 
     def complete(self) -> set[int]:
         """Return the frames of which the sums of all operators are there."""
@@ -282,6 +285,10 @@ class Merger:
                 run.published = state
                 yield from _merged(run, regions, n_frames, final=False)
 
+    def heartbeats(self) -> Iterator[Result]:
+        """Yield of every run that is open how its regions are; see `stream.heartbeat`."""
+        return (_heartbeat(run, run.published[0]) for run in self._runs.values())
+
     def given_up(self) -> Iterator[Output]:
         """Yield the ends of runs of which not all regions ended in time, or were not repaired in time."""
         for key, run in list(self._runs.items()):
@@ -298,6 +305,7 @@ class Merger:
                 yield from self._end(other, run)
 
     def _add(self, region: _Region, result: Result) -> None:
+        region.heard = time.monotonic()
         if result.operator == "ledger":
             region.ledger = result.arrays
             return
@@ -337,6 +345,7 @@ class Merger:
         results = list(_merged(run, regions, n_frames, final=True))
         worst = max(stops, key=lambda stop: ("success", "abort", "fail").index(stop.exit_status))
         exit_status = "fail" if results[-1].arrays["missing_regions"].size else worst.exit_status
+        yield _heartbeat(run, n_frames)
         yield from results
         yield RunStop(run=key[0], n_frames=max(stop.n_frames for stop in stops), exit_status=exit_status)
         del self._runs[key]
@@ -371,6 +380,10 @@ def _merged(run: _Run, regions: list[int], n_frames: int, *, final: bool) -> Ite
                 first.merge(other)
             yield Result(run=name, operator=first.name, n_frames=n_frames, final=final, arrays=first.result())
     ledger = _ledger(run, list(restored), n_frames, final=final)
+    if not final:
+        known = [region for region in run.regions.values() if "frame_age" in region.ledger]
+        ages = [float(region.ledger["frame_age"]) + time.monotonic() - region.heard for region in known]
+        ledger = {**ledger, "frame_age": np.array(np.fmax.reduce(ages, initial=np.nan))}
     yield Result(run=name, operator="ledger", n_frames=n_frames, final=final, arrays=ledger)
 
 
@@ -411,4 +424,30 @@ def _ledger(run: _Run, regions: list[int], n_frames: int, *, final: bool) -> Arr
         for name in ("late", "duplicate", "undecodable", "stray")
     }
     lag = np.fmax.reduce([ledger["lag"] for ledger in ledgers])  # that of a file is not known
-    return {**worst, **troubles, "lag": np.array(lag), **how}
+    counts = {name: array for name, array in worst.items() if name not in heartbeat.OF_A_WORKER}
+    return {**counts, **troubles, "lag": np.array(lag), **how}
+
+
+def _heartbeat(run: _Run, n_frames: int) -> Result:
+    arrays = heartbeat.table([_region(run, name) for name in range(run.wanted)])
+    return Result(run=run.name, operator="regions", n_frames=n_frames, final=False, arrays=arrays)
+
+
+def _region(run: _Run, name: int) -> heartbeat.Region:
+    streamed, repair = run.regions.get(name), run.repairs.get(name)
+    known = streamed or repair
+    if known is None:
+        return heartbeat.Region()
+    frames = max(run.frames(name), default=0)
+    begin, told = known.start.origin[0], known.ledger
+    best = run.best(name, frames).ledger
+    return heartbeat.Region(
+        rows=(begin, begin + known.start.shape[0]),
+        frames=frames,
+        lost=int(best.get("lost", 0)),
+        lag=float(told.get("lag", np.nan)),
+        checkpoint=int(told.get("checkpoint", -1)),
+        node=heartbeat.node_of(told),
+        age=time.monotonic() - known.heard,
+        ended=name in run.ended,
+    )

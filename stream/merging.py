@@ -11,6 +11,7 @@ from typing import Protocol
 from pydantic import BaseModel, ValidationError
 
 from stream.errors import CheckpointError
+from stream.logs import bound
 from stream.merger import Merger
 from stream.messages import Output, Position, Rejected, Result, RunStart, RunStop
 from stream.pipeline import deliver, offer
@@ -18,6 +19,9 @@ from stream.protocols import Sink
 from stream.repairs import Key
 
 _log = logging.getLogger(__name__)
+
+BEAT = 1.0
+"""Seconds after which it is told again how the regions are."""
 
 
 class Results(AbstractContextManager["Results"], Protocol):
@@ -62,14 +66,15 @@ def merge(
     """
     began: dict[Key, Position] = {}
     before = acknowledged = source.position()
-    due = time.monotonic() + publish_every
+    due, beat_due = time.monotonic() + publish_every, 0.0
     for message in source:
         outputs: list[Output] = []
         match message:
             case Rejected(reason=reason):
                 _log.warning("rejected: %s", reason)
             case RunStart() | Result() | RunStop():
-                outputs = list(merger.take(message))
+                with bound(run=message.run):
+                    outputs = list(merger.take(message))
         if time.monotonic() >= due:
             offer(merger.interim(), sinks)
             outputs += merger.given_up()
@@ -78,6 +83,9 @@ def merge(
         before = source.position()
         if outputs:
             deliver(outputs, sinks)
+        if time.monotonic() >= beat_due:
+            offer(merger.heartbeats(), sinks)
+            beat_due = time.monotonic() + BEAT
         n_ended = sum(isinstance(output, RunStop) for output in outputs)
         if n_ended or message is None:  # also of what came once more of runs that are done
             needed = _earliest([*began.values(), before])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stream.errors import ConfigError
+from stream.logs import say
 
 if TYPE_CHECKING:
     from stream.config import Place
@@ -112,11 +113,37 @@ TokenFile = Annotated[
     ),
 ]
 
+TwoTime = Annotated[
+    int | None,
+    typer.Option(
+        "--two-time",
+        min=2,
+        max=8192,
+        help="Two-time correlation, too: of so many newest frames one by one, and of the whole run in so many times.",
+        metavar="FRAMES",
+    ),
+]
+TwoTimeBy = Annotated[
+    str | None,
+    typer.Option(
+        "--two-time-normalisation",
+        help="By the mean of each 'dynamic' bin, or of each 'static' bin in it, as boost_corr does. 'dynamic' if not "
+        "given.",
+    ),
+]
+
+
+def two_time_of(frames: int | None, normalisation: str | None) -> dict[str, Any]:
+    """Return the section of the configuration."""
+    if frames is None and normalisation is not None:
+        raise typer.BadParameter("--two-time-normalisation goes with --two-time FRAMES")
+    return {"frames": frames, "normalisation": normalisation}
+
 
 def say_where(at: str, token_file: Path | str | None) -> None:
     """Tell where the page is."""
     asks = "?token=..." if token_file or os.environ.get("XPCS_STREAM_TOKEN") else ""
-    typer.echo(f"live page at {at.replace('live://', 'http://')}/{asks}", err=True)
+    say(f"live page at {at.replace('live://', 'http://')}/{asks}")
 
 
 def roots_of(texts: list[str] | None) -> dict[str, str]:
@@ -144,6 +171,8 @@ def option_of(place: "Place", document: Mapping[str, Any]) -> str:
             return "--root"
         case ("checkpoint", *_):
             return "--checkpoint"
+        case ("operators", "twotime", name, *_):
+            return "--two-time" if name == "frames" else f"--two-time-{name}"
         case ("sinks", int(index), *_):
             scheme, has_scheme, _ = document["sinks"][index].partition("://")
             option = {"zmq": "--publish", "live": "--live"}.get(scheme, "--documents")

@@ -79,7 +79,7 @@ class Outbox:
         stop: threading.Event | None,
         fixed: Mapping[str, Any] | None = None,
     ) -> None:
-        self.delivered = self.failed = 0
+        self.delivered = self.failed = self._n_taken = 0
         self._cluster = Cluster(bootstrap, properties, SinkError)
         self._topic = topic
         self.where = address(self._cluster, topic)
@@ -104,6 +104,11 @@ class Outbox:
             },
             defaults={"linger.ms": 5},
         )
+
+    @property
+    def waiting(self) -> int:
+        """Records that Kafka does not have yet."""
+        return self._n_taken - self.delivered - self.failed
 
     def close(self, error: BaseException | None) -> None:
         """Wait for what Kafka does not yet have: `timeout` at most, 2 s after an error. That one is not replaced."""
@@ -176,6 +181,7 @@ class Outbox:
             is_large = error.args[0].code() == KafkaError.MSG_SIZE_TOO_LARGE
             size = f"; {len(record['value']):,} bytes of at most {self.max_record_bytes:,}" if is_large else ""
             raise SinkError(f"{self.where}: {what}: {self._cluster.words(error)}{size}") from None
+        self._n_taken += 1
         return True
 
     def _wait(self, is_done: Callable[[], bool], timeout: float) -> None:

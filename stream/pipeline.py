@@ -24,9 +24,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
-from stream import checkpoint
+from stream import checkpoint, heartbeat
 from stream.errors import CheckpointError, ConfigError, RoiMapError, SinkError, SourceError, XpcsStreamError
 from stream.ledger import Ledger
+from stream.logs import bind
 from stream.messages import ExitStatus, FrameBatch, Message, Output, Position, Rejected, Result, RunStart, RunStop
 from stream.protocols import Operator, Sink, Source
 
@@ -56,6 +57,10 @@ class _Run:
     """When which frame came, since when it is measured how fast they come; monotonic."""
     frame_time: float = 0.0
     """In which frames came lately (s); 0: not known yet."""
+    came: float = math.nan
+    """When the newest frame was correlated; monotonic."""
+    saved: int = -1
+    """Frames of the newest checkpoint; -1: there is none."""
 
     def owns(self, message: FrameBatch | RunStop) -> bool:
         return (message.run, message.region) == (self.start.run, self.start.region)
@@ -94,17 +99,21 @@ class _Run:
         for operator in self.operators:
             operator.miss(n_frames)
         arrays = [(each.name, each.partial() if partials else each.result()) for each in self.operators]
-        return [
-            Result(
-                run=self.start.run,
-                region=self.start.region,
-                operator=name,
-                n_frames=n_frames,
-                final=final,
-                arrays=result,
-            )
-            for name, result in [*arrays, ("ledger", self.ledger.arrays())]
-        ]
+        told = self.told(n_frames, final=final, partials=partials)
+        return [*(replace(told, operator=name, arrays=result) for name, result in arrays), told]
+
+    def told(self, n_frames: int, *, final: bool, partials: bool) -> Result:
+        """Return the ledger, and who tells it; not the latter where it would come into a result file."""
+        frame_age = self.ledger.lag + time.monotonic() - self.came
+        teller = heartbeat.worker(self.saved, frame_age) if partials or not final else {}
+        return Result(
+            run=self.start.run,
+            region=self.start.region,
+            operator="ledger",
+            n_frames=n_frames,
+            final=final,
+            arrays={**self.ledger.arrays(), **teller},
+        )
 
     @property
     def planned(self) -> int:
@@ -182,7 +191,7 @@ class Pipeline:
         self._refused_run = ""
         self._last_reason = ""
         self._rejected = self._strays = 0
-        self._publish_due = self._checkpoint_due = self._pass_due = 0.0
+        self._publish_due = self._checkpoint_due = self._pass_due = self._beat_due = 0.0
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._drain_until: float | None = None
@@ -281,6 +290,7 @@ class Pipeline:
             self._run.ledger.stray += 1
 
     def _begin(self, start: RunStart) -> None:
+        bind(run=start.run)
         try:
             operators = self._operators(start)
         except (RoiMapError, ConfigError) as error:
@@ -292,7 +302,7 @@ class Pipeline:
         announced = {"announced": datetime.now(UTC).isoformat()}
         start = replace(start, metadata=announced | dict(start.metadata))
         self._run = _Run(start=start, operators=operators)
-        self._publish_due = time.monotonic() + self._publish_every
+        self._publish_due, self._beat_due = time.monotonic() + self._publish_every, 0.0
         # A source that cannot go back will not send the start of the run again.
         self._save(self._source.position())
         deliver([start], self._sinks)
@@ -310,6 +320,7 @@ class Pipeline:
                     operator.push(part)
         age = time.time_ns() - batch.timestamp_ns
         run.ledger.lag = age / 1e9 - (n - 1) * run.start.frame_time - run.start.count_time
+        run.came = time.monotonic()
 
     def _until_due(self, run: _Run, batch: FrameBatch) -> Iterator[FrameBatch]:
         """Cut frames where partial sums are due, and offer those."""
@@ -343,6 +354,7 @@ class Pipeline:
         self._runs_ended += 1
         self._save(position)
         self._count_run()
+        bind(run=None)
 
     def _count_run(self) -> None:
         if self._runs_left is not None:
@@ -351,7 +363,8 @@ class Pipeline:
     def _offer(self, run: _Run, n_frames: int) -> None:
         begin = time.monotonic()
         offer(run.results(n_frames, final=False, partials=self._partials), self._sinks)
-        run.rest = (time.monotonic() - begin) / SHARE
+        end = time.monotonic()
+        run.rest, self._beat_due = (end - begin) / SHARE, end + heartbeat.BEAT
 
     def _keep_time(self) -> None:
         now = time.monotonic()
@@ -359,6 +372,9 @@ class Pipeline:
             self._offer(self._run, self._run.ledger.next_frame)
             now = time.monotonic()
             self._publish_due = now + (max(self._publish_every, self._run.rest) if self._publish_every else 0.0)
+        elif self._run is not None and now >= self._beat_due and self._partials:
+            offer([self._run.told(self._run.ledger.next_frame, final=False, partials=True)], self._sinks)
+            self._beat_due = now + heartbeat.BEAT
         if self._writing is not None and self._writing.done():
             self._wait_for_writer()
         if self._run is not None and self._checkpoint_every == 0:
@@ -390,12 +406,14 @@ class Pipeline:
             states = {operator.name: operator.snapshot() for operator in run.operators}
             running = checkpoint.Running(start=run.start, stop=run.stop, ledger=run.ledger.arrays(), operators=states)
         state = checkpoint.Checkpoint(position=dict(position), running=running)
-        self._writing = self._writer.submit(self._write, self._checkpoints, state)
+        self._writing = self._writer.submit(self._write, self._checkpoints, state, run)
 
-    def _write(self, store: checkpoint.Store, state: checkpoint.Checkpoint) -> None:
+    def _write(self, store: checkpoint.Store, state: checkpoint.Checkpoint, run: _Run | None) -> None:
         begin = time.monotonic()
         store.save(state)
         end = time.monotonic()
+        if run is not None and state.running is not None:
+            run.saved = int(state.running.ledger["next_frame"])
         self._checkpoint_due = end + min(self._checkpoint_every, max(OFTEN, (end - begin) / SHARE))
 
     def _resume(self) -> None:
@@ -415,13 +433,14 @@ class Pipeline:
             self._resume_run(saved.running)
 
     def _resume_run(self, saved: checkpoint.Running) -> None:
+        bind(run=saved.start.run)
         run = _Run(start=saved.start, operators=self._operators(saved.start), stop=saved.stop)
         names = [operator.name for operator in run.operators]
         if set(names) != set(saved.operators):
             was = ", ".join(saved.operators)
             raise CheckpointError(f"{self._checkpoints}: it was made with {was}, not with {', '.join(names)}")
         run.ledger.restore(saved.ledger)
-        run.pushed = run.ledger.next_frame
+        run.pushed = run.saved = run.ledger.next_frame
         for operator in run.operators:
             operator.restore(saved.operators[operator.name])
         _log.warning("run %s goes on at frame %d", saved.start.run, run.ledger.next_frame)

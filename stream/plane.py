@@ -17,6 +17,7 @@ from stream.correlators import Make
 from stream.delivery import Delivery
 from stream.errors import ConfigError
 from stream.ledger import Ledger
+from stream.logs import bind
 from stream.merger import Merger
 from stream.merging import Results, merge, saved
 from stream.messages import FrameBatch, Message, Position, Rejected, RunStart, RunStop
@@ -65,6 +66,8 @@ class Plane(Protocol):
     """What is between the processes of a beamline."""
 
     beamline: str
+    partial_bytes: int
+    """Of the partial sums of an operator, at most."""
 
     def gateway(self, n_regions: int, *, ring_bytes: int, waits: bool, stop: threading.Event) -> Sent:
         """Return where frames of all regions go.
@@ -121,6 +124,8 @@ def send(
     """
     ledger = Ledger()
     for message in source:
+        if isinstance(message, RunStart):
+            bind(run=message.run)
         if isinstance(message, RunStart | FrameBatch | RunStop):
             try:
                 parts = list(regions.cut(message))
@@ -144,6 +149,7 @@ def send(
                 ledger.close(max(message.n_frames, ledger.next_frame))
                 _log.info("run %s ends: %d frames, %d lost before us", message.run, ledger.sent, ledger.lost)
                 _flush(sinks)
+                bind(run=None)
             case Rejected():
                 ledger.undecodable += 1
                 _log.warning("rejected: %s", message.reason)

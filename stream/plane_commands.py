@@ -3,15 +3,16 @@
 import gc
 import os
 import re
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
 
+from stream.logs import say
 from stream.options import (
     Documents,
     FrameTime,
@@ -23,19 +24,25 @@ from stream.options import (
     RunEngine,
     SecretKey,
     TokenFile,
+    TwoTime,
+    TwoTimeBy,
     measured,
     only_given,
     option_of,
     roots_of,
     say_where,
     stopped_by_signals,
+    two_time_of,
 )
 
 # As in `stream.__main__`: only what `--help` needs is imported up here.
 if TYPE_CHECKING:
     from stream.correlators import Make
+    from stream.gateway_runs import GatewayRuns
+    from stream.gateway_status import GatewayStatus
     from stream.operators.roimap import RoiMap
     from stream.plane import Plane
+    from stream.sinks.spool import Spool
 
 _PLANE = "kafka://HOST:PORT/BEAMLINE or zmq://HOST:PORT/BEAMLINE"
 
@@ -71,6 +78,15 @@ def _plane(text: str, properties: Path | None, secret_key: Path | None, peers: P
         keys = (GatewayKeys if binds else ClientKeys).read(secret_key, peers)
     hub, _, beamline = where.target.rpartition("/")
     return ZmqPlane(hub, beamline, keys)
+
+
+def _scraped(
+    at: str, runs: "GatewayRuns", status: "GatewayStatus", to: list[str], spool: "Spool | None"
+) -> AbstractContextManager[None]:
+    from stream import gateway_metrics
+    from stream.scraped import served
+
+    return served(at, gateway_metrics.registry(runs, status, to, spool))
 
 
 def _is_loopback(target: str) -> bool:
@@ -143,6 +159,14 @@ def gateway(
             "of it yet), safe.",
         ),
     ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Serve Prometheus at http://HOST:PORT/metrics; a PORT alone is for this machine only. Whoever reaches "
+            "it sees rates, losses and addresses of the beamline, no names of runs, no data and no secrets.",
+        ),
+    ] = None,
 ) -> None:
     """Send a detector's frames to the workers, cut into regions.
 
@@ -190,7 +214,10 @@ def gateway(
             raw = stack.enter_context(Spool(spool, keep_bytes=keep_bytes))
         sinks: list[plane.Sent] = []
         runs = GatewayRuns(PlaneFile(plane_file) if plane_file else None, raw)
-        stack.enter_context(GatewayStatus(status, runs, sinks, raw))  # also while workers take what they have not
+        # These two also while workers take what they have not.
+        told = stack.enter_context(GatewayStatus(status, runs, sinks, raw, is_watched=metrics is not None))
+        if metrics is not None:
+            stack.enter_context(_scraped(metrics, runs, told, to, raw))
         for text in to:
             is_kafka = address(text).transport == "kafka"
             properties, keys = (kafka_properties, (None, None)) if is_kafka else (None, keys_of_plane)
@@ -206,14 +233,11 @@ def gateway(
         )
         if raw is not None:
             frames = Spooled(frames, raw)
-        typer.echo(f"taking frames from {source}", err=True)
+        say(f"taking frames from {source}")
         ledger = plane.send(frames, sinks, Regions(regions), stop, runs.is_sent)
-        typer.echo(
-            f"sent {ledger.received:,} frames to {regions} regions of {' and '.join(to)}, {ledger.lost:,} lost before",
-            err=True,
-        )
+        say(f"sent {ledger.received:,} frames to {regions} regions of {' and '.join(to)}, {ledger.lost:,} lost before")
     if raw is not None:
-        typer.echo(f"{raw.lost:,} frames are not in the spool {spool}", err=True)
+        say(f"{raw.lost:,} frames are not in the spool {spool}")
 
 
 def worker(
@@ -224,6 +248,8 @@ def worker(
     ],
     delays_per_level: Annotated[int, typer.Option(help="4 at the APS.")] = 4,
     levels: Annotated[int, typer.Option(help="Levels of multi-tau.")] = 16,
+    two_time: TwoTime = None,
+    two_time_normalisation: TwoTimeBy = None,
     publish_every: Annotated[
         float, typer.Option(parser=measured("s"), metavar="TIME", help='Between partial sums: "1 s".')
     ] = 1.0,
@@ -261,19 +287,20 @@ def worker(
     there = _plane(source, kafka_properties, secret_key, gateway_key, binds=False)
     if name is not None and re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name) is None:
         raise typer.BadParameter(f'--name "{name}" is not of letters, digits, ".", "_" and "-"')
-    make, roimap = _operators(qmap, delays_per_level, levels, threads)
+    operators = _section(delays_per_level, levels, two_time, two_time_normalisation)
+    make, roimap = _operators(qmap, operators, threads, there)
     with ExitStack() as stack:
         told = stack.enter_context(Status(status))
         told.say("compiling kernels")
         with kernel_cache.alone():
-            compile_kernels(make, roimap, lambda text: typer.echo(text, err=True))
+            compile_kernels(make, roimap, say)
         gc.freeze()  # looking through all that numba made takes a second when a process ends
         told.say("waiting for a gateway", ready=True)
         stop = stack.enter_context(stopped_by_signals())
         there.wait(stop)
         if stop.is_set():
             return
-        typer.echo(f"taking regions of {source}", err=True)
+        say(f"taking regions of {source}")
         told.say("", ready=True)
         plane.work(
             there,
@@ -303,6 +330,8 @@ def merge(
     ] = None,
     delays_per_level: Annotated[int, typer.Option(help="As the workers.")] = 4,
     levels: Annotated[int, typer.Option(help="As the workers.")] = 16,
+    two_time: TwoTime = None,
+    two_time_normalisation: TwoTimeBy = None,
     publish_every: Annotated[
         float, typer.Option(parser=measured("s"), metavar="TIME", help='Between interim results: "1 s".')
     ] = 1.0,
@@ -345,14 +374,14 @@ def merge(
     to_kafka = any(text.startswith("kafka://") for text in documents or ())
     properties = kafka_properties if address(source).transport == "kafka" or not to_kafka else None
     there = _plane(source, properties, secret_key if gateway_key or not proxy_key else None, gateway_key, binds=False)
-    make, roimap = _operators(qmap, delays_per_level, levels, None)
-    multitau = {"delays_per_level": delays_per_level, "levels": levels}
+    operators = _section(delays_per_level, levels, two_time, two_time_normalisation)
+    make, roimap = _operators(qmap, operators, None, there)
     sinks = [sink for sink in (None if quiet else "console", out, publish, live, *(documents or ())) if sink]
     configuration = check(
         {
             "source": {"address": source},
             "qmap": str(qmap),
-            "operators": {"multitau": multitau},
+            "operators": operators,
             "sinks": sinks or ["console"],
             "token_file": token_file and str(token_file),
             "kafka_properties": kafka_properties and str(kafka_properties),
@@ -370,7 +399,7 @@ def merge(
         if stop.is_set():
             return
         partials = stack.enter_context(there.results())
-        typer.echo(f"taking partial sums from {source}", err=True)
+        say(f"taking partial sums from {source}")
         plane.merge_partials(
             partials,
             make,
@@ -416,6 +445,8 @@ def backfill(
     ] = 30.0,
     delays_per_level: Annotated[int, typer.Option(help="As the workers.")] = 4,
     levels: Annotated[int, typer.Option(help="As the workers.")] = 16,
+    two_time: TwoTime = None,
+    two_time_normalisation: TwoTimeBy = None,
     threads: Annotated[int | None, typer.Option(help="Threads that correlate; one per core if not given.")] = None,
     kafka_properties: KafkaProperties = None,
     secret_key: SecretKey = None,
@@ -443,11 +474,9 @@ def backfill(
         raise typer.BadParameter("give --plane or --out")
     if plane is not None and (publish or documents):
         raise typer.BadParameter("--publish and --documents go with --out; with --plane that is the merger's")
-    make, roimap = _operators(qmap, delays_per_level, levels, threads)
+    operators = _section(delays_per_level, levels, two_time, two_time_normalisation)
+    make, roimap = _operators(qmap, operators, threads, None)
     file = backfill_file.look(backfill_file.find(source, run), run)
-
-    def say(text: str) -> None:
-        typer.echo(text, err=True)
 
     is_done = True
     with stopped_by_signals() as stop, ExitStack() as stack:
@@ -471,7 +500,7 @@ def backfill(
                 {
                     "source": {"address": str(file.path)},
                     "qmap": str(qmap),
-                    "operators": {"multitau": {"delays_per_level": delays_per_level, "levels": levels}},
+                    "operators": operators,
                     "sinks": [sink for sink in (out, publish, *(documents or ())) if sink],
                     "kafka_properties": kafka_properties and str(kafka_properties),
                     **_for_proxies(secret_key, proxy_key),
@@ -492,7 +521,7 @@ def backfill(
                 stop=stop,
             )
     if not is_done:
-        typer.echo(f"run {run}: stopped before it was repaired", err=True)
+        say(f"run {run}: stopped before it was repaired")
         raise typer.Exit(os.EX_TEMPFAIL)
 
 
@@ -504,20 +533,32 @@ def _for_proxies(secret_key: Path | None, proxy_key: Path | None) -> dict[str, s
     }
 
 
-def _operators(qmap: Path, delays_per_level: int, levels: int, threads: int | None) -> "tuple[Make, RoiMap]":
-    """Return what makes the operators of a region, and the map."""
+def _section(
+    delays_per_level: int, levels: int, two_time: int | None, two_time_normalisation: str | None
+) -> dict[str, Any]:
+    """Return what is configured of operators."""
+    multitau = {"delays_per_level": delays_per_level, "levels": levels}
+    return only_given({"multitau": multitau, "twotime": two_time_of(two_time, two_time_normalisation)})
+
+
+def _operators(
+    qmap: Path, operators: dict[str, Any], threads: int | None, plane: "Plane | None"
+) -> "tuple[Make, RoiMap]":
+    """Return what makes the operators of a region, and the map; refuse what does not fit the plane."""
     from stream.config import check, there
-    from stream.correlators import operators_of
+    from stream.correlators import check_partials, operators_of
     from stream.operators.roimap_file import read
 
     document = {
         "source": {"address": "any.h5"},  # where frames come from is not asked for
         "qmap": str(qmap),
-        "operators": {"multitau": {"delays_per_level": delays_per_level, "levels": levels}},
+        "operators": operators,
         "threads": threads,
     }
     configuration = check(only_given(document), lambda place: f"{option_of(place, document)}: ")
     roimap = read(there(qmap))
+    if plane is not None:
+        check_partials(configuration, roimap, plane.partial_bytes)
     return operators_of(configuration, roimap), roimap
 
 
@@ -552,11 +593,11 @@ def broker(
         directory or home / "xpcs-stream/kafka",
         port=port,
         listen=listen,
-        say=lambda text: typer.echo(text, err=True),
+        say=say,
     )
     with stopped_by_signals() as stop, kafka:
         typer.echo(kafka.bootstrap)
-        typer.echo(f"records and {kafka.log.name} are in {kafka.directory}", err=True)
+        say(f"records and {kafka.log.name} are in {kafka.directory}")
         kafka.watch(stop)
 
 

@@ -26,6 +26,9 @@ from stream.operators.roimap import RoiMap
 MAX_SIZE = 1 << 27
 """Numbers that are read at once, of g2 or of one two-time correlation."""
 
+MAX_BRIEF = 1 << 20
+"""Numbers that are read of g2 where many results are."""
+
 _PER_ANGSTROM: Mapping[str, float] = {
     **dict.fromkeys(("1/angstrom", "angstrom^-1", "1/a", "a^-1", "a-1", "1/å", "å^-1", "å⁻¹", "å-1"), 1.0),
     **dict.fromkeys(("1/nm", "nm^-1", "nm⁻¹", "nm-1"), 0.1),
@@ -62,6 +65,26 @@ class TwoTimes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Segments:
+    """g2 of successive parts of a run, from early to late; see `stream.operators.stability`."""
+
+    start: NDArray[np.float64]
+    """(n_segment,) s from the first frame."""
+    stop: NDArray[np.float64]
+    """(n_segment,) s, NaN if not told."""
+    g2: NDArray[np.float64]
+    """(n_segment, n_delay, n_bin), NaN if unknown."""
+    g2_err: NDArray[np.float64]
+    """The same."""
+
+    @property
+    def late(self) -> int:
+        """The last one that is not much shorter than the first: of one that has just begun little is known."""
+        length = self.stop - self.start
+        return int(np.flatnonzero(~(length < length[0] / 2))[-1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Curves:
     """g2 of a result, whoever wrote it."""
 
@@ -87,6 +110,8 @@ class Curves:
     converted: tuple[str, ...]
     """What stands in the file in other units than here."""
     twotime: TwoTimes | None
+    segments: Segments | None = None
+    """None where fewer than two are told of."""
 
     def named(self, index: int) -> str:
         """Return how people call a bin: by its q, and its phi where these differ, or by its number."""
@@ -115,6 +140,42 @@ def read(path: Path) -> Curves:
         if "xpcs/twotime" in file:
             reason = "it holds a two-time correlation only"
     raise ConfigError(f"{path} is not a result with g2 that is known here: {reason}")
+
+
+def brief(path: Path) -> Curves:
+    """Read what is small in a result of ours: not its map, so that `map_digest` is empty. Facts: sample, written, too.
+
+    Raises
+    ------
+    ConfigError
+        It cannot be read, is not of ours, or g2 is not small.
+    """
+    with opened(path) as file:
+        if _text(file, "xpcs/program") != "xpcs-stream" or "xpcs/multitau/tau" not in file:
+            raise ConfigError(f"{path} is not a result of xpcs-stream")
+        size = _dataset(file, "xpcs/multitau/normalized_g2").size or 0
+        if size > MAX_BRIEF:
+            raise ConfigError(f"{path}: g2 has {size} numbers, more than {MAX_BRIEF}")
+        g2 = _read(file, "xpcs/multitau/normalized_g2", (None, None))
+        unknown = np.full(g2.shape[1], np.nan)
+        named = file.get("entry/data/v_dim0")
+        is_q = named is not None and named.attrs.get("long_name") == "q"
+        q = _read(file, "entry/data/v_dim0", unknown.shape) if is_q else unknown
+        return _curves(
+            path,
+            format="xpcs-stream",
+            run=_text(file, "entry/entry_identifier") or path.stem,
+            facts=_facts(file) | {"sample": _text(file, "entry/sample/name"), "written": _text(file, "xpcs/date")},
+            map_digest="",
+            tau=_read(file, "xpcs/multitau/tau", (len(g2),)),
+            q=q * (_factor(_PER_ANGSTROM, _unit(file, "entry/data/v_dim0", "1/angstrom"), "q") if is_q else 1.0),
+            phi=unknown,
+            g2=g2,
+            g2_err=_read(file, "xpcs/multitau/normalized_g2_err", g2.shape),
+            n_pairs=_read(file, "xpcs/multitau/n_pairs", (len(g2),)) if "xpcs/multitau/n_pairs" in file else None,
+            converted=(),
+            twotime=None,
+        )
 
 
 def opened(path: Path) -> h5py.File:
@@ -158,6 +219,7 @@ def _of_multitau(path: Path, file: h5py.File) -> Curves:
         n_pairs=_read(file, "xpcs/multitau/n_pairs", (len(g2),)) if "xpcs/multitau/n_pairs" in file else None,
         converted=converted,
         twotime=_twotime(path, file, frame_time),
+        segments=_segments(file, g2.shape, frame_time),
     )
 
 
@@ -243,6 +305,21 @@ def _twotime(path: Path, file: h5py.File, frame_time: float) -> TwoTimes | None:
     first = _number(file, "xpcs/twotime/first") * frame_time if "xpcs/twotime/first" in file else 0.0
     n_times = _dataset(file, names[0]).shape[0]
     return TwoTimes(path=path, names=names, bins=bins, time=first + step * np.arange(n_times), step=step)
+
+
+def _segments(file: h5py.File, shape: tuple[int, ...], frame_time: float) -> Segments | None:
+    partial = "xpcs/multitau/normalized_g2_partial"
+    if partial not in file:
+        return None
+    start = np.ravel(_read(file, f"{partial}_labels", None)).astype(np.float64)
+    n = len(start)
+    if n < 2:
+        return None
+    stop = np.append(start[1:], np.nan)
+    if "xpcs/multitau/segment_stop" in file:
+        stop = _read(file, "xpcs/multitau/segment_stop", (n,)).astype(np.float64)
+    g2, g2_err = (_read(file, name, (n, *shape)).astype(np.float64) for name in (partial, f"{partial}_err"))
+    return Segments(start=start * frame_time, stop=stop * frame_time, g2=g2, g2_err=g2_err)
 
 
 def _step(file: h5py.File, group: str, frame_time: float) -> float:

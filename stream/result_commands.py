@@ -24,12 +24,13 @@ def show(
 
     xpcs-stream show result.h5 --out g2.png
 
-    Fitted is g2 = baseline + contrast exp(-2 rate tau). Drawn are g2, the two-time correlation if there is one, and of
-    our own results the mean image, scattering and intensity.
+    Fitted is g2 = baseline + contrast exp(-2 rate tau); where there is g2 of successive parts of the run, also that of
+    an early and a late one. Drawn are g2, the two-time correlation if there is one, and of our own results g2 of parts
+    of the run, the mean image, scattering and intensity.
     """
     from stream.figure import draw
     from stream.result import read
-    from stream.summary import dynamics, facts, table_of_fits
+    from stream.summary import dynamics, facts, table_of_ageing, table_of_fits
 
     curves = read(result)
     found = dynamics(curves)
@@ -38,6 +39,9 @@ def show(
     console = Console()
     show_facts(console, facts(curves, found))
     console.print(table_of_fits(curves, found))
+    if curves.segments is not None and curves.segments.late:
+        console.print()
+        console.print(table_of_ageing(curves, curves.segments))
     if out is not None:
         typer.echo(out)
 

@@ -48,6 +48,8 @@ class Ring:
         Offset of the record that comes next.
     safe
         Records before it are not needed any more.
+    limit
+        Bytes that there is room for.
     lost
         How many went before they were safe.
     lost_of
@@ -58,10 +60,15 @@ class Ring:
         self.name = uuid.uuid4().hex
         self.end = self.safe = self.lost = 0
         self.lost_of: Counter[int] = Counter()
-        self._room = n_bytes
+        self.limit = self._room = n_bytes
         self._records: dict[int, Kept] = {}
         self._passing: deque[int] = deque()
         self._staying: deque[int] = deque()
+
+    @property
+    def room(self) -> int:
+        """Bytes that are free."""
+        return self._room
 
     def has_room(self, n_bytes: int) -> bool:
         """Tell whether a record can be appended while nothing goes that is not safe."""

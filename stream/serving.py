@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from stream.errors import SinkError, SourceError, Superseded
+from stream.logs import bind, bound
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ class Serving:
         stop = threading.Event()
         thread = threading.Thread(target=self._work, args=(region, stop), name=f"region {region}")
         self._regions[region] = _Region(thread, stop)
-        _log.info("region %d begins here", region)
+        with bound(region=region):
+            _log.info("region %d begins here", region)
         thread.start()
 
     def release(self, regions: Iterable[int]) -> None:
@@ -96,6 +98,7 @@ class Serving:
                 self.begin(region)
 
     def _work(self, region: int, stop: threading.Event) -> None:
+        bind(region=region)
         begin = time.monotonic()
         try:
             self._serve(region, stop)

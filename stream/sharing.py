@@ -67,6 +67,11 @@ class Group:
         """The worker of every region; empty without workers."""
         return self._wanted
 
+    @property
+    def n_workers(self) -> int:
+        """How many workers are alive."""
+        return len(self._workers)
+
     def hear(self, here: Here, now: float) -> Yours | None:
         """Take note of a worker; return what it may serve, None if another process has its name now.
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from stream.compare import Comparison
 from stream.fit import Fit, fits
 from stream.live.dynamics import PowerLaw
-from stream.result import Curves
+from stream.result import Curves, Segments
 
 
 def facts(curves: Curves, found: Sequence[Fit]) -> Mapping[str, object]:
@@ -21,6 +21,8 @@ def facts(curves: Curves, found: Sequence[Fit]) -> Mapping[str, object]:
     if curves.twotime is not None:
         n, step = len(curves.twotime.time), curves.twotime.step
         told["two-time"] = f"{len(curves.twotime.bins)} bins, {n} times of {step:.4g} s"
+    if (parts := curves.segments) is not None:
+        told["segments"] = f"{len(parts.start)} of {parts.start[1] - parts.start[0]:.4g} s"
     rate = np.array([each.rate if each.converged else math.nan for each in found])
     law = PowerLaw.of(curves.q, rate, np.array([each.rate_err for each in found]))
     if math.isfinite(law.diffusion):
@@ -48,6 +50,25 @@ def table_of_fits(curves: Curves, found: Sequence[Fit]) -> Table:
             "yes" if each.converged else "no",
             style="" if each.converged else "dim",
         )
+    return table
+
+
+def table_of_ageing(curves: Curves, parts: Segments) -> Table:
+    """Return contrast and rate of every bin early and late in the run, and the change of the rate in its errors."""
+    late = parts.late
+    early_fits, late_fits = (fits(curves.tau, parts.g2[i], parts.g2_err[i]) for i in (0, late))
+    table = _table("q (1/Å)", "contrast early", "late", "rate early", "late", "change / error")
+    spans = (f"{name}: {parts.start[i]:.4g} s to {parts.stop[i]:.4g} s" for name, i in (("early", 0), ("late", late)))
+    table.title, table.title_justify, table.title_style = f"{', '.join(spans)}; rates in 1/s", "left", "dim"
+    for i, both in enumerate(zip(early_fits, late_fits, strict=True)):
+        converged = all(each.converged for each in both)
+        contrasts = (with_error(each.contrast, each.contrast_err) for each in both)
+        rates = (with_error(each.rate, each.rate_err) for each in both)
+        change = (
+            (both[1].rate - both[0].rate) / math.hypot(both[0].rate_err, both[1].rate_err) if converged else math.nan
+        )
+        told = f"{change:+.1f}" if math.isfinite(change) else "–"
+        table.add_row(_label(curves, i), *contrasts, *rates, told, style="" if converged else "dim")
     return table
 
 

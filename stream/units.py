@@ -20,7 +20,12 @@ NAMES = {
 }
 """The units of this package and what is measured in them."""
 
-_PER_SECOND = {"ms": 1e3, "us": 1e6}
+_PARTS = {
+    "s": {"ms": 1e3, "us": 1e6},
+    "m": {"mm": 1e3, "um": 1e6},
+    "1/s": {"Hz": 1.0, "kHz": 1e-3},
+}
+"""How many of a unit that is often written are one of ours: for these pint is not imported."""
 
 # Narrower than what pint reads: it would raise 9**9**9**9 to its power.
 _FACTOR = r"[^\W\d_]+(?:\s*(?:\^|\*\*)\s*-?[1-9])?"
@@ -56,8 +61,8 @@ def quantity(text: object, unit: str) -> float:
     number = float(match["number"])
     if written == unit:
         value = number
-    elif unit == "s" and written in _PER_SECOND:
-        value = number / _PER_SECOND[written]
+    elif (parts := _PARTS.get(unit, {}).get(written)) is not None:
+        value = number / parts
     else:
         import pint  # it and its registry take 0.4 s, which a worker that starts has not
 

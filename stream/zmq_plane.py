@@ -8,7 +8,7 @@ from stream.dealer import Hub as Address
 from stream.hub import PARTIALS, Hub, frames_log
 from stream.hub_group import HubGroup
 from stream.ingest.hub import HubResults, HubSource
-from stream.sinks.hub import HubFrames, HubSink
+from stream.sinks.hub import QUEUE_BYTES, HubFrames, HubSink
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +27,8 @@ class ZmqPlane:
     keys
         Of a gateway, or of those who go there. None: neither encrypted nor authenticated.
     """
+
+    partial_bytes = QUEUE_BYTES
 
     def __init__(self, address: str, beamline: str, keys: ClientKeys | GatewayKeys | None = None) -> None:
         self.beamline = beamline

@@ -8,9 +8,9 @@ import numpy as np
 
 from stream.ingest.simulated import SimulatedSource
 from stream.messages import Result, RunStart, RunStop
+from stream.operators.g2 import delays as delays_of
 from stream.operators.intensity import Intensity
 from stream.operators.multitau import MultiTau
-from stream.operators.multitau import delays as delays_of
 from stream.operators.roimap import RoiMap
 from stream.operators.scattering import Scattering
 from stream.sinks.bluesky import BlueskySink

@@ -1,5 +1,7 @@
 """A real Kafka broker for tests, and its topics."""
 
+import itertools
+import os
 import random
 import shutil
 import socket
@@ -21,7 +23,20 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from stream.broker import Broker
 from stream.errors import BrokerError
 
-DEADLINE = 60
+DEADLINE = 120
+
+
+def _ports():
+    """All ports that the system gives to nobody by itself, in any order.
+
+    Each worker of pytest-xdist has its own: what one has picked, and listens on later, no other picks meanwhile.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    ports = range(20000 + worker, 32000, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    return itertools.cycle(random.sample(ports, len(ports)))
+
+
+_PORTS = _ports()
 
 
 def free_ports(n):
@@ -30,7 +45,7 @@ def free_ports(n):
     So nobody is given the port of a broker that is down for a while.
     """
     ports = []
-    for port in random.sample(range(20000, 32000), 500):
+    for port in itertools.islice(_PORTS, 500):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             ports.append(port)

@@ -4,7 +4,7 @@ from tests.test_command_line import started
 from tests.test_kill import contents, free
 
 REGIONS = 4
-DEADLINE = 120
+DEADLINE = 180
 
 
 class Plane:

@@ -23,10 +23,11 @@ def first_bad(frames, came, saturation_value):
     return np.where(bad.any(axis=0), bad.argmax(axis=0), n)
 
 
-def multitau(frames, static, dynamic_of_static, *, d=4, levels=16, came=None, saturation_value=None):
+def multitau(frames, static, dynamic_of_static, *, d=4, levels=16, came=None, saturation_value=None, within=None):
     """Multi-tau of frames (n, n_pixel), all of them, also those that did not come (came[i] is False).
 
-    static (n_pixel,) static bin from 1, 0 outside; dynamic_of_static (n_static,).
+    static (n_pixel,) static bin from 1, 0 outside; dynamic_of_static (n_static,). Of pairs only those count whose later
+    coarse frame ends after the first and not after the second of `within`.
     Returns a dict as the operator does, plus g2_static (n_delay, n_static) and g2_err for both definitions.
     """
     frames = np.asarray(frames).reshape(len(frames), -1)
@@ -44,9 +45,11 @@ def multitau(frames, static, dynamic_of_static, *, d=4, levels=16, came=None, sa
         n_coarse = n // size
         c = counts[: n_coarse * size].reshape(n_coarse, size, n_pixel).sum(axis=1)
         w = came[: n_coarse * size].reshape(n_coarse, size).sum(axis=1).astype(object)
-        ww = w[:-k] * w[k:]
+        end = (np.arange(k, n_coarse) + 1) * size
+        counted = (end > within[0]) & (end <= within[1]) if within else np.ones(len(end), bool)
+        ww = w[:-k] * w[k:] * counted
         # A pair counts for a pixel when the pixel was there until the end of the later coarse frame.
-        pair = (np.arange(k, n_coarse) + 1)[:, None] * size <= leaves
+        pair = (end[:, None] <= leaves) & counted[:, None]
         sums = {
             "G2": (c[:-k] * c[k:] * pair).sum(axis=0),
             "IP": (c[:-k] * w[k:, None] * pair).sum(axis=0),
@@ -79,6 +82,22 @@ def multitau(frames, static, dynamic_of_static, *, d=4, levels=16, came=None, sa
         name: np.array(values, float).reshape(len(values), *width.get(name, (n_static,)))
         for name, values in out.items()
     }
+
+
+def multitau_segments(frames, static, dynamic_of_static, *, segments=8, shortest=256, **options):
+    """The same of segments of the run: g2, g2_err_static (n_segment, n_delay, n_dynamic), n_pairs, start and stop."""
+    n = len(frames)
+    length = max(shortest, segment_length(n, segments))
+    start = np.arange(0, n, length)
+    stop = np.minimum(start + length, n)
+    each = [
+        multitau(frames, static, dynamic_of_static, within=span, **options) for span in zip(start, stop, strict=True)
+    ]
+    out = {name: np.array([told[name] for told in each]) for name in ("g2", "g2_err_static", "n_pairs")}
+    beyond = each[0]["delay"] >= length
+    out["g2"][:, beyond] = out["g2_err_static"][:, beyond] = np.nan
+    out["n_pairs"][:, beyond] = 0
+    return {**out, "start": start, "stop": stop}
 
 
 def rows(columns):
@@ -183,3 +202,30 @@ def along_diagonals(c2):
     n = c2.shape[1]
     means = [[finite(np.array([c2[b, i, i + k] for i in range(n - k)])) for b in range(len(c2))] for k in range(n)]
     return np.array([[v.mean() if len(v) else np.nan for v in row] for row in means]).reshape(n, len(c2))
+
+
+def age_cuts(c2, n_age):
+    """Mean of c2 (n_bin, n, n) over the pairs of each band of ages and group of delays; see `stream.live.twotime`."""
+    n_bin, n, _ = c2.shape
+    band = [s * n_age // (2 * n - 1) for s in range(2 * n - 1)]
+    widths = [1] * 8 + [2] * 4 + [4] * 4 + [8] * 4 + [16] * 4
+    ends = np.cumsum(widths)
+    groups = [range(end - width + 1, min(end + 1, n)) for end, width in zip(ends, widths, strict=True)]
+    groups = [group for group in groups if len(group)]
+    cuts = [
+        [
+            [
+                finite(np.array([c2[b, i, i + k] for k in group for i in range(n - k) if band[2 * i + k] == a])).mean()
+                if any(np.isfinite(c2[b, i, i + k]) for k in group for i in range(n - k) if band[2 * i + k] == a)
+                else np.nan
+                for group in groups
+            ]
+            for a in range(n_age)
+        ]
+        for b in range(n_bin)
+    ]
+    return {
+        "ages": [np.mean([s / 2 for s in range(2 * n - 1) if band[s] == a]) for a in range(n_age)],
+        "taus": [np.mean(group) for group in groups],
+        "cuts": np.array(cuts).reshape(n_bin, n_age, len(groups)),
+    }

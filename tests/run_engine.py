@@ -6,7 +6,7 @@ import time
 import pytest
 from bluesky import RunEngine
 
-DEADLINE = 30
+DEADLINE = 90
 
 
 def connected(process, publisher):

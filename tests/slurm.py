@@ -70,7 +70,7 @@ AccountingStorageEnforce=associations,limits,qos,safe
 PartitionName=DEFAULT Nodes=ALL OverSubscribe=NO State=UP DefaultTime=00:05:00
 PartitionName=demand PriorityTier=100 PriorityJobFactor=100 PreemptMode=OFF MaxTime=01:00:00
 PartitionName=batch PriorityTier=10 PriorityJobFactor=10 PreemptMode=OFF MaxTime=04:00:00 Default=YES
-PartitionName=preemptable PriorityTier=1 PriorityJobFactor=1 PreemptMode=REQUEUE GraceTime=5 MaxTime=72:00:00
+PartitionName=preemptable PriorityTier=1 PriorityJobFactor=1 PreemptMode=REQUEUE GraceTime=15 MaxTime=72:00:00
 """
 
 NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=2000\n"
@@ -104,7 +104,7 @@ ACCOUNTS = (
 
 
 class Slurm:
-    """Partitions demand (it preempts), batch and preemptable (it is preempted, with 5 s of grace), of all nodes.
+    """Partitions demand (it preempts), batch and preemptable (it is preempted, with 15 s of grace), of all nodes.
 
     Attributes
     ----------

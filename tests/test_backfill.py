@@ -39,7 +39,7 @@ from tests.test_command_line import finished, xpcs_stream
 from tests.test_ingest_bluesky import proxy
 from tests.test_kill import assert_identical, contents, free, qmap, until, until_saved
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 __all__ = ["qmap"]
 

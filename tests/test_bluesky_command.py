@@ -35,11 +35,11 @@ from tests.run_engine import connected, engine
 from tests.test_command_line import started
 from tests.test_ingest_bluesky import proxy
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 
 __all__ = ["engine"]
 
-DEADLINE = 60
+DEADLINE = 120
 N_FRAMES = 200
 
 

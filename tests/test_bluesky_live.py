@@ -26,9 +26,9 @@ from stream.sinks.dectris import DectrisSink
 from tests.conftest import make_start
 from tests.test_bluesky_runs import documents
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 
-DEADLINE = 60
+DEADLINE = 120
 GEOMETRY = (
     *("--shape", "40x50", "--beam-center-x", "-20", "--beam-center-y", "-30", "--detector-distance", "5 m"),
     *("--pixel-size", "75 um", "--incident-energy", "11 keV", "--n-dynamic", "3", "--n-static", "12"),
@@ -96,7 +96,7 @@ def test_a_plan_goes_on_when_the_process_is_gone_and_a_lost_stop_is_an_error(qma
             begin = time.monotonic()
             for each in documents("b"):
                 callback(*each)
-            assert time.monotonic() - begin < 5
+            assert time.monotonic() - begin < 20
             assert time.monotonic() < deadline
     assert "the process that correlates is gone (-9); the plan goes on" in caplog.text
 

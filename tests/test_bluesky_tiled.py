@@ -245,7 +245,7 @@ def test_of_updates_a_slow_server_gets_the_newest_and_the_others_are_said(server
             begin = time.monotonic()
             for output in updates:
                 sink.write(output)
-            assert time.monotonic() - begin < 5
+            assert time.monotonic() - begin < 20
         write(sink, end)
     events = [each for each in kept.documents if each[0] == "event"]
     # The first was being written, and the last two are that of the last update and that of the end.

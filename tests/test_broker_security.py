@@ -7,7 +7,7 @@ import trustme
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
-DEADLINE = 60
+DEADLINE = 120
 
 
 def assert_refused(words, settings):

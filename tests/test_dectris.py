@@ -144,7 +144,7 @@ def numbers_of(messages):
     ]
 
 
-def receive(source, until=RunStop, seconds=20):
+def receive(source, until=RunStop, seconds=60):
     deadline = time.monotonic() + seconds
     messages = []
     for message in source:

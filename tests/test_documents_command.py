@@ -17,7 +17,7 @@ from tests.test_bluesky_transport import received
 from tests.test_command_line import finished, started
 from tests.test_kill import N_FRAMES, frames, free, qmap
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 __all__ = ["frames", "qmap"]
 

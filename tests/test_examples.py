@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.timeout(500)
 
 HERE = Path(__file__).parents[1]
-DEADLINE = 120
+DEADLINE = 180
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from tests.test_command_line import finished
 from tests.test_ingest_bluesky import proxy
 from tests.test_kill import assert_identical, free, qmap, until
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 __all__ = ["by_globus", "fake", "frames", "qmap", "undisturbed"]
 

@@ -17,7 +17,7 @@ from stream.documents import frame, pack
 from stream.sinks.bluesky_zmq import ZmqDocuments
 from tests.test_bluesky_transport import proxy
 
-DEADLINE = 30
+DEADLINE = 90
 
 
 def until_told(runs, n, meanwhile=lambda: None):

@@ -30,10 +30,10 @@ from tests import hostile
 from tests.kafka import free_ports
 from tests.test_zmq import ANYWHERE, batch, result, start, stop, what, whats
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(400)
 
 LOG = frames_log(0)
-DEADLINE = 60
+DEADLINE = 120
 MEGABYTE = 2**20
 
 
@@ -313,7 +313,7 @@ def test_none_comes_while_nothing_does():
     with opened() as hub, HubSource(at(hub), LOG) as source:
         began = time.monotonic()
         assert next(iter(source)) is None
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
 
 
 def test_a_reader_that_stalls_is_sent_its_window_and_others_get_everything_meanwhile(raw):
@@ -670,7 +670,7 @@ def test_a_hub_closes_though_somebody_always_wants_more(raw):
         for _ in range(5):
             raw(hub).read(0)
         began = time.monotonic()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 def test_clients_of_another_beamline_are_told_so():

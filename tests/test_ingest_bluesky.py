@@ -49,7 +49,7 @@ from tests.test_bluesky_runs import documents as made_up
 from tests.test_bluesky_runs import eiger
 from tests.test_command_line import finished, started, xpcs_stream
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 DEADLINE = 60
 FRAME_TIME = 0.02

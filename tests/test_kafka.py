@@ -29,9 +29,9 @@ from tests import hostile, kafka
 from tests.conftest import chunks_of, events_of, make_roimap
 from tests.kafka import PASSWORD, USER
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
-DEADLINE = 60
+DEADLINE = 120
 SHAPE = (6, 50)
 
 

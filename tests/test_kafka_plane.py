@@ -19,7 +19,7 @@ from tests.test_gateway_status import Gateway
 from tests.test_kill import GEOMETRY, assert_identical, frames, qmap
 from tests.test_planes import undisturbed
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 __all__ = ["frames", "qmap", "undisturbed"]
 
@@ -58,7 +58,7 @@ def test_a_broker_that_is_away_for_a_while_loses_nothing(plane, broker, frames, 
     merger = plane.merger()
     until_said(merger, "taking partial sums")
     broker.kill()
-    time.sleep(20)  # that it is away that long is what is tested
+    time.sleep(10)  # longer than a session of a worker
     broker.start()
     assert_identical(plane.result(merger), undisturbed)
     assert worker.poll() is None

@@ -16,11 +16,11 @@ from tests.test_command_line import finished, started
 from tests.test_kill import frames, free, qmap
 from tests.test_proxy_keys import written
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 __all__ = ["frames", "qmap"]
 
-DEADLINE = 60
+DEADLINE = 120
 WRONG = "hunter2"
 
 

@@ -10,11 +10,11 @@ from tests.plane import take_how
 from tests.test_command_line import finished, started
 from tests.test_kill import N_FRAMES, assert_identical, contents, frames, qmap, result_of_frames
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 __all__ = ["frames", "qmap"]
 
-DEADLINE = 60
+DEADLINE = 120
 WRONG = "hunter2"
 
 

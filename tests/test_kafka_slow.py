@@ -18,7 +18,7 @@ from tests.plane import Plane, until_said
 from tests.test_command_line import xpcs_stream
 from tests.test_kill import GEOMETRY
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 SHAPE = (256, 512)
 N_FRAMES = 1280

@@ -18,7 +18,7 @@ from tests.test_command_line import finished, started, xpcs_stream
 
 pytestmark = pytest.mark.timeout(300)  # for each test, also where it waits for a line of a process
 
-DEADLINE = 120
+DEADLINE = 180
 N_FRAMES = 2500
 COUNTS = np.random.default_rng(1).integers(0, 8, (N_FRAMES, 64, 64), "<u2")
 GEOMETRY = (

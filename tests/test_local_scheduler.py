@@ -36,7 +36,7 @@ while True:
 
 @pytest.fixture
 def local(tmp_path):
-    scheduler = Local(tmp_path, grace=0.5)
+    scheduler = Local(tmp_path, grace=10.0)
     yield scheduler
     alive = [job.id for job in scheduler.list("") if not job.state.is_final]
     scheduler.cancel(alive)

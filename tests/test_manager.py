@@ -24,7 +24,7 @@ from tests.bridge import HERE, Bridge, processes, stand_in
 from tests.kafka import free_ports
 from tests.test_bluesky_transport import proxy
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture
@@ -53,7 +53,9 @@ def test_a_run_that_began_before_a_manager_was_killed_still_has_its_nodes(bridge
         engine = out.replace("tcp", "zmq+bluesky")
         bridge = bridge_of(stand_in(), nodes=1, max_nodes=1, run_engine=engine)
         manager = bridge.up()
-        documents.publish("one", "start", {"uid": "one"}, may_be_lost=False)
+        # Again until it is heard: the Proxy may not know of the manager yet.
+        start = ("one", "start", {"uid": "one"})
+        bridge.until(lambda: documents.publish(*start, may_be_lost=False) or bridge.status()["runs"] == ["one"])
         bridge.until_serving(1)
         manager.kill()
         manager.wait()
@@ -82,7 +84,7 @@ def test_several_beamlines_have_nodes_of_one_site_and_one_is_let_go_without_the_
     reported = json.loads(bridge.run("status", "--json").stdout)["beamlines"]
     assert [len(each["pilots"]) for name, each in reported.items()] == [1]
     bridge.run("down")
-    assert manager.wait(30) == 0
+    assert manager.wait(90) == 0
 
 
 def test_there_is_one_manager_of_a_state_directory(bridge_of):
@@ -141,14 +143,14 @@ def test_a_manager_that_ends_leaves_its_pilots_to_the_next_one(bridge_of, dials)
     manager = bridge.up()
     before = {pilot["lease"] for pilot in bridge.until_serving(2)}
     manager.terminate()
-    assert manager.wait(30) == 0
+    assert manager.wait(90) == 0
     bridge.up()
     assert {pilot["lease"] for pilot in bridge.until_serving(2)} == before
 
 
 @pytest.mark.parametrize("dials", ["pilots", "manager"])
 def test_whoever_dials_a_pilot_that_is_lost_is_replaced_and_at_the_end_nothing_is_left(bridge_of, dials):
-    bridge = bridge_of(stand_in(), nodes=2, max_nodes=3)
+    bridge = bridge_of(stand_in(), nodes=2, max_nodes=3, lost_after="3 s")
     bridge.site["heartbeats"] = with_keys(bridge.folder, bridge.site["heartbeats"], dials)
     bridge.up()
     lost, left = bridge.until_serving(2)
@@ -157,8 +159,10 @@ def test_whoever_dials_a_pilot_that_is_lost_is_replaced_and_at_the_end_nothing_i
             os.kill(process, signal.SIGKILL)
     bridge.until(lambda: {pilot["lease"] for pilot in bridge.pilots()} - {lost["lease"], left["lease"]})
     bridge.until_serving(2)
+    jobs = bridge.folder / "jobs"
+    bridge.until(lambda: not list(jobs.glob(f"{lost['lease']}.address*")))
     bridge.down()
-    assert list((bridge.folder / "jobs").glob("*.address*")) == []
+    assert list(jobs.glob("*.address*")) == []
     assert processes(f"--lease {left['lease']}") == []
 
 
@@ -319,7 +323,7 @@ def test_a_scheduler_that_hangs_does_not_keep_a_manager_from_ending():
     began = time.monotonic()
     desk.close()
     done.set()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 def test_a_manager_that_ends_before_it_answers_is_none(tmp_path):
@@ -333,7 +337,7 @@ def test_a_manager_that_ends_before_it_answers_is_none(tmp_path):
         (tmp_path / "control").unlink()
         began = time.monotonic()
         with pytest.raises(NoManager):
-            told.result(30)
+            told.result(90)
         assert time.monotonic() - began < 20
 
 
@@ -349,7 +353,7 @@ def test_what_goes_wrong_in_a_scheduler_is_an_answer_too(tmp_path):
     desk.list()
     desk.submit("lease", None)
     desk.cancel("7")
-    listed, submitted = answers.get(timeout=10), answers.get(timeout=10)
+    listed, submitted = answers.get(timeout=60), answers.get(timeout=60)
     desk.close()
     assert listed.jobs is None
     assert "No space left on device" in listed.why

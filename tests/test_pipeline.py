@@ -255,7 +255,8 @@ def test_interim_results_that_take_long_are_few_and_frames_go_on(partials):
     assert 3 < len(interim) < 3 + 1.5 * pipeline.SHARE * took / Slow.TAKES
     if partials:
         assert all(n_frames % n == 0 for n_frames in interim)
-        assert sum(n_frames % (8 * n) == 0 for n_frames in interim) >= len(interim) - 3, "other regions have them, too"
+        # They would be multiples of 64 n where nothing else runs.
+        assert sum(n_frames % (2 * n) == 0 for n_frames in interim) >= len(interim) - 3, "other regions have them, too"
 
 
 def test_a_final_result_that_is_refused_is_an_error_and_delivered_by_a_restart(tmp_path):

@@ -20,11 +20,11 @@ from tests.test_command_line import finished, started, xpcs_stream
 from tests.test_documents_command import assert_last_event_is
 from tests.test_kill import frames, free, qmap
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 __all__ = ["frames", "qmap"]
 
-DEADLINE = 60
+DEADLINE = 120
 SOON = 30
 """Seconds: not for ever, on a machine that is busy."""
 

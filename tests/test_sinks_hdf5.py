@@ -22,6 +22,7 @@ from tests.conftest import push
 SHAPE = (48, 64)
 FRAME_TIME = 1e-3
 N_FRAMES = 4000
+LENGTH = 1024
 
 
 def make_qmap(n_dynamic=4, static_per_dynamic=2):
@@ -101,6 +102,29 @@ def make_outputs(qmap, run="run-1", n_frames=N_FRAMES, n_pairs=None, **metadata)
     arrays = {name: np.array(number) for name, number in ledger.items()}
     yield result("ledger", **arrays, stray=np.array(0), lag=np.array(0.1), lost_spans=np.array([[100, 103]]))
     yield RunStop(run=run, n_frames=n_frames, exit_status="success")
+
+
+def with_segments(qmap):
+    """Yield what a run tells whose dynamics become slower by a factor of two from part to part."""
+    for output in make_outputs(qmap):
+        if getattr(output, "operator", None) == "multitau":
+            delay = output.arrays["delay"]
+            noise = np.random.default_rng(5)
+            slower = rates(qmap) / 2 ** np.arange(4)[:, None]
+            g2 = 1 + 0.2 * np.exp(-2 * delay[:, None] * FRAME_TIME * slower[:, None])
+            error = np.full(g2.shape, 2e-3)
+            g2 += noise.normal(0, error)
+            g2[:, delay >= LENGTH] = error[:, delay >= LENGTH] = np.nan
+            start = np.arange(4) * LENGTH
+            parts = {
+                "g2_segments": g2,
+                "g2_err_segments": error,
+                "n_pairs_segments": np.maximum(LENGTH - delay, 0.0) * np.ones((4, 1)),
+                "segment_start": start,
+                "segment_stop": np.minimum(start + LENGTH, N_FRAMES),
+            }
+            output = replace(output, arrays={**output.arrays, **parts})
+        yield output
 
 
 def write_run(path, qmap=None, outputs=None, configuration=""):
@@ -194,6 +218,7 @@ RUNS = [
     pytest.param(make_qmap, hostile, id="hostile metadata"),
     pytest.param(make_qmap, with_twotime, id="two-time correlation"),
     pytest.param(make_qmap, with_one_time, id="one time alone"),
+    pytest.param(make_qmap, with_segments, id="segments"),
 ]
 
 
@@ -251,6 +276,7 @@ def drawn(path):
         "stability": points(window.mp_stab.getPlotItem()),
         "intensity_t": plots(window.pg_intt.ci),
         "g2": plots(window.mp_g2.ci),
+        "g2 of segments": plots(window.mp_g2_stability.ci),
         "tau of q": points(window.mp_tauq.getPlotItem()),
         "qmap": window.pg_qmap.image.shape,
         "metadata": window.hdf_info.topLevelItemCount(),
@@ -275,18 +301,18 @@ def drawn(tmp_path_factory):
     """What stands in the tabs of pyXpcsViewer, drawn off screen, of a run, an aborted run, one with dark bins."""
     folder = tmp_path_factory.mktemp("viewer")
     qmap = make_qmap()
-    runs = [make_outputs, without_frames, half_dark, with_twotime]
+    runs = [with_segments, without_frames, half_dark, with_twotime]
     paths = [write_run(folder / f"{run.__name__}.h5", qmap, run(qmap)) for run in runs]
     environment = {**os.environ, "QT_QPA_PLATFORM": "offscreen", "HOME": str(folder)}
     command = [sys.executable, "-c", DRIVE, *paths]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert "plot g2 failed" not in done.stderr
     return dict(zip([run.__name__ for run in runs], json.loads(done.stdout), strict=True))
 
 
 def test_pyxpcsviewer_draws_all_its_tabs_of_a_run(drawn):
-    tabs = drawn["make_outputs"]
+    tabs = drawn["with_segments"]
     n_delay = tabs["g2"][0][0]
     assert n_delay > 30
     assert tabs["saxs_2d"] == tabs["qmap"] == list(SHAPE)
@@ -302,8 +328,14 @@ def test_pyxpcsviewer_draws_all_its_tabs_of_a_run(drawn):
 
 def test_pyxpcsviewer_draws_two_time_correlation_and_g2_of_segments(drawn):
     assert drawn["with_twotime"]["twotime"] == {"c2": [10, 10], "g2": [9, *[1] * 5], "bins": 4}
-    assert drawn["with_twotime"]["g2"] == drawn["make_outputs"]["g2"]
-    assert drawn["make_outputs"]["twotime"] is None
+    assert drawn["with_twotime"]["g2"] == drawn["with_segments"]["g2"]
+    assert drawn["with_segments"]["twotime"] is None
+
+
+def test_pyxpcsviewer_draws_g2_of_segments_of_every_bin(drawn):
+    n_delay = drawn["with_segments"]["g2"][0][0]
+    assert drawn["with_segments"]["g2 of segments"] == [[n_delay] * 4] * 4
+    assert drawn["with_twotime"]["g2 of segments"] == []
 
 
 def test_pyxpcsviewer_draws_a_run_that_was_aborted_before_its_first_frame(drawn):
@@ -336,6 +368,11 @@ def test_pyxpcsviewer_reads_what_was_measured(tmp_path, make_map, outputs):
         assert not np.isfinite(given["multitau"]["g2"][n:]).any()
         assert not np.isfinite(seen.g2[n:]).any()
         np.testing.assert_array_equal(seen.saxs_1d["Iq"][0], given["scattering"]["scattering_1d"])
+        if outputs is with_segments:
+            _, _, g2, error, _, labels = seen.get_g2_stability_data()
+            np.testing.assert_array_equal(g2, given["multitau"]["g2_segments"][:, :n])
+            np.testing.assert_array_equal(error, given["multitau"]["g2_err_segments"][:, :n])
+            np.testing.assert_array_equal(labels, given["multitau"]["segment_start"])
         segments = given["scattering"]["scattering_1d_segments"]
         np.testing.assert_array_equal(seen.Iqp[: len(segments)], segments)
 

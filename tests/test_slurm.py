@@ -41,7 +41,7 @@ def spec(directory, script="exec sleep 300", *, queue="batch", account=ACCOUNT, 
     )
 
 
-def until(is_so, what="it is so", deadline=20):
+def until(is_so, what="it is so", deadline=60):
     end = time.monotonic() + deadline
     while not (found := is_so()):
         assert time.monotonic() < end, f"not within {deadline} s: {what}"
@@ -183,7 +183,7 @@ def test_a_controller_that_is_down_is_unreachable_and_nothing_is_lost_or_doubled
         begin = time.monotonic()
         with pytest.raises(SchedulerUnreachable):
             call()
-        assert time.monotonic() - begin < 6
+        assert time.monotonic() - begin < 20
     slurm.start_controller()
     assert scheduler.status([job]) == {job: runs}
     assert [found.id for found in scheduler.list(asked.name)] == [job]

@@ -26,7 +26,7 @@ from tests.plane import DEADLINE, REGIONS, Plane, until_said
 from tests.test_command_line import finished, xpcs_stream
 from tests.test_kill import N_FRAMES, assert_identical, contents, frames, free, qmap, result_of_frames
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 
 __all__ = ["frames", "qmap"]
 
@@ -350,11 +350,11 @@ def test_a_full_spool_is_not_looked_through_for_every_frame(directory):
         for number in range(500):
             (directory / run / f"{run}_data_{number:06d}.h5").write_bytes(bytes(10))
     room = Room(directory, 10_000)
-    begin = time.perf_counter()
+    begin = time.thread_time()  # others run meanwhile
     room.count()
-    once = time.perf_counter() - begin
+    once = time.thread_time() - begin
     assert not any(room.make(1, None) for _ in range(50))
-    assert time.perf_counter() - begin < 20 * once
+    assert time.thread_time() - begin < 20 * once
 
 
 def test_a_run_that_goes_on_is_not_removed_whatever_is_said_of_it(directory):

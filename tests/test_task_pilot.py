@@ -35,7 +35,7 @@ from tests.test_pilot import LEASE, POLITE, STUBBORN, TELLING, Manager, gone, st
 
 __all__ = ["start"]
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(400)
 
 FAST = {"options": ("--tasks", "--grace", 0.5)}
 
@@ -200,10 +200,10 @@ def test_when_the_manager_says_so_a_pilot_goes_with_its_task(start, manager):
 
 def test_a_pilot_that_does_not_hear_of_the_manager_goes_with_its_task(start, manager):
     manager.give(sys.executable, "-c", STUBBORN)
-    pilot = start(manager.address, options=(*FAST["options"], "--alone", 1))
+    pilot = start(manager.address, options=(*FAST["options"], "--alone", 5))  # long enough to tell its processes
     manager.until_task(TaskState.RUNNING)
     left = told_pids(pilot)
-    assert pilot.wait(30) == 0
+    assert pilot.wait(90) == 0
     assert gone(left)
 
 

@@ -1,5 +1,7 @@
 """Two-time correlation is what `reference` computes from the definition."""
 
+from contextlib import ExitStack
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,10 +13,17 @@ from stream.errors import CheckpointError, ConfigError
 from stream.messages import FrameBatch
 from stream.operators.kernels.twotime import products
 from stream.operators.roimap import RoiMap
-from stream.operators.twotime import SEGMENTS, TwoTime
+from stream.operators.twotime import HEAD_BYTES, SEGMENTS, TwoTime, partial_bytes
+from stream.wire import pack_arrays
 from tests import reference
 from tests.conftest import make_roimap, make_start, push
+from tests.plane import Plane, until_said
+from tests.test_command_line import xpcs_stream
+from tests.test_kill import assert_identical, contents, frames, free, qmap
 
+__all__ = ["frames", "qmap"]
+
+TWO_TIME = ("--two-time", 64)
 EXACT = {"rtol": 1e-13, "atol": 0, "equal_nan": True}
 
 
@@ -257,3 +266,59 @@ def test_frames_that_come_twice_are_refused(roimap):
     operator.push(batch)
     with pytest.raises(ValueError, match="frame 0 came after 3 were pushed"):
         operator.push(batch)
+
+
+@pytest.fixture(scope="module")
+def of_one_process(tmp_path_factory, qmap, frames):
+    out = tmp_path_factory.mktemp("alone") / "result.h5"
+    said = xpcs_stream("run", "--source", frames, "--qmap", qmap, "--out", out, "--quiet", *TWO_TIME)
+    assert said.exit_code == 0, said.output
+    return contents(out)
+
+
+@pytest.mark.timeout(240)
+def test_regions_of_workers_of_which_one_is_killed_merge_into_the_result_of_one_process(
+    tmp_path, qmap, frames, of_one_process
+):
+    with ExitStack() as stack:
+        plane = Plane(f"zmq://{free()}/beamline", stack, tmp_path, qmap)
+        unlucky = plane.worker("--name", "unlucky", *TWO_TIME)
+        until_said(unlucky, "taking regions")
+        plane.replay(frames, "400 Hz")
+        until_said(unlucky, "region 3 begins")
+        merger = plane.merger(*TWO_TIME)
+        plane.worker("--name", "heir", *TWO_TIME)
+        unlucky.kill()
+        result = plane.result(merger)
+    assert result["xpcs/twotime/correlation_map/c2_00003"].shape == (39, 39)
+    assert_identical(result, of_one_process)
+
+
+@pytest.mark.parametrize("command", ["worker", "merge"])
+@pytest.mark.parametrize(("address", "fits"), [("zmq://127.0.0.1:9/id", 834), ("kafka://127.0.0.1:9/id", 416)])
+def test_sums_too_large_for_the_plane_are_refused_at_once_with_what_would_fit(command, address, fits, qmap, tmp_path):
+    of_worker = ("--checkpoints", tmp_path) if command == "worker" else ()
+    arguments = (command, "--source", address, "--qmap", qmap, *of_worker)
+    said = xpcs_stream(*arguments, "--two-time", 1000)
+    assert said.exit_code == 1
+    assert "sums of 1000 frames and 3 dynamic bins may be 96.4 MB, more than the" in said.output
+    assert f"; {fits} frames would fit" in said.output
+
+
+def test_no_partial_sum_is_larger_than_was_said_before_the_run(roimap):
+    frames = np.random.default_rng(9).integers(0, 2**16 - 1, (600, 6, 50)).astype("<u2")
+    for normalisation, n_rows in (("dynamic", 2), ("static", 6)):
+        operator = push(TwoTime(make_start(), roimap, frames=32, levels=5, normalisation=normalisation), frames)
+        _, buffers = pack_arrays(operator.partial())
+        n_bytes = sum(memoryview(buffer).nbytes for buffer in buffers)
+        most = partial_bytes(32, 5, n_rows)
+        assert most - HEAD_BYTES - 1000 < n_bytes < most
+
+
+def test_an_option_that_means_nothing_alone_is_refused(qmap):
+    said = xpcs_stream("run", "--source", "any.h5", "--qmap", qmap, "--two-time-normalisation", "static")
+    assert said.exit_code == 2
+    assert "--two-time-normalisation goes with --two-time FRAMES" in " ".join(said.output.split())
+    said = xpcs_stream("run", "--source", "any.h5", "--qmap", qmap, "--two-time", 8, "--two-time-normalisation", "q")
+    assert said.exit_code == 1
+    assert "--two-time-normalisation: " in said.output

@@ -16,7 +16,7 @@ from stream.sinks.zmq import ZmqSink
 from tests import hostile
 from tests.kafka import free_ports
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(400)
 
 ANYWHERE = "tcp://127.0.0.1:*"
 
@@ -122,7 +122,7 @@ def test_none_is_yielded_while_nothing_comes():
     with ZmqSource(ANYWHERE, bind=True) as source:
         began = time.monotonic()
         assert next(iter(source)) is None
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
 
 
 def test_a_source_has_no_position_and_cannot_go_back():
@@ -161,7 +161,7 @@ def test_a_push_fails_when_nobody_takes_anything(bind):
         writes = (sink.write(batch(i)) for i in range(100))
         with pytest.raises(SinkError, match=f"{sink.address}: nobody took anything for 0.2 s"):
             list(writes)
-    assert 0.2 <= time.monotonic() - began < 5
+    assert 0.2 <= time.monotonic() - began < 20
 
 
 def test_a_push_that_nobody_takes_ends_soon_once_it_is_stopped():
@@ -326,7 +326,7 @@ def test_publishing_never_waits():
         for i in range(1000):
             sink.write(result(i))
         sink.flush()
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
 
 
 def test_frames_are_rejected_where_results_are_expected():

@@ -9,7 +9,7 @@ from tests.test_command_line import finished, xpcs_stream
 from tests.test_kill import COUNTS, N_FRAMES, assert_identical, frames, free, qmap, result_of_frames
 from tests.test_planes import undisturbed
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 __all__ = ["frames", "qmap", "undisturbed"]
 

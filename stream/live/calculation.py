@@ -1,4 +1,4 @@
-"""What takes its time: fits, and whether the scattering drifts. In a thread of its own, of the newest results only."""
+"""What takes its time: fits, two-time maps, drift of the scattering. In a thread of its own, of the newest results."""
 
 import logging
 import threading
@@ -43,6 +43,8 @@ class Calculation:
             try:
                 if result.operator == "multitau":
                     view.dynamics(key, result.n_frames, *dynamics.of(result.arrays))
+                elif result.operator == "twotime":
+                    view.two_time(key, result)
                 elif view.dynamic_of_static is not None:
                     found = drift(result.arrays, result.n_frames, view.dynamic_of_static)
                     view.drift(key, {"change": found.change, "p_value": found.p_value})

@@ -1,6 +1,6 @@
 """Runs that are over, to lay over the one that is on."""
 
-from collections import deque
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,27 +20,34 @@ class Past:
 
 
 class History:
-    """The newest runs that are over, in bounded memory."""
+    """The newest runs that are over, in bounded memory. For any thread."""
 
     def __init__(self) -> None:
-        self._runs: deque[Past] = deque()
+        self._runs: list[Past] = []
         self._n = 0
-        self._bytes = 0
+        self._lock = threading.Lock()
 
     def add(self, facts: dict[str, Any], g2: bytes) -> Past:
-        """Take the end of a run; forget the oldest if there is no room."""
-        self._n += 1
-        past = Past(number=self._n, facts=facts, g2=g2)
-        self._runs.append(past)
-        self._bytes += len(g2)
-        while len(self._runs) > MOST_RUNS or (self._bytes > MOST_BYTES and len(self._runs) > 1):
-            self._bytes -= len(self._runs.popleft().g2)
+        """Take the end of a run; forget the oldest if there is no room, and what was told of this run before."""
+        with self._lock:
+            self._n += 1
+            past = Past(number=self._n, facts=facts, g2=g2)
+            kept = [each for each in self._runs if not _same(each.facts, facts)]
+            self._runs = sorted([*kept, past], key=lambda each: str(each.facts["ended"]))[-MOST_RUNS:]
+            while sum(len(each.g2) for each in self._runs) > MOST_BYTES and len(self._runs) > 1:
+                del self._runs[0]
         return past
 
     def g2(self, number: int) -> bytes | None:
         """Return the curves of a run, None if it is not known."""
-        return next((past.g2 for past in self._runs if past.number == number), None)
+        with self._lock:
+            return next((past.g2 for past in self._runs if past.number == number), None)
 
     def facts(self) -> list[dict[str, Any]]:
         """Return what is to be told of every run, the newest first."""
-        return [{"number": past.number, **past.facts} for past in reversed(self._runs)]
+        with self._lock:
+            return [{"number": past.number, **past.facts} for past in reversed(self._runs)]
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return bool(one["start_time"]) and all(one[name] == other[name] for name in ("run", "start_time"))

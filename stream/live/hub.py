@@ -14,6 +14,13 @@ PATIENCE = 10.0
 """Seconds in which a browser must take a section; then its connection is cut, and it may come again."""
 
 
+SECTIONS = (
+    *("run", "regions", "map", "g2", "fit", "segments", "history"),
+    *("scattering", "intensity", "image", "twotime"),
+)
+"""As they are sent, where several are new."""
+
+
 class Hub:
     """Newest wins: a browser that is slow is given fewer versions, and nothing is kept for it.
 
@@ -91,7 +98,7 @@ class Hub:
 
     def _newer(self, has: dict[str, int]) -> Iterable[Section]:
         # Looked up one by one, since there may be newer ones once one was sent.
-        for name in ("run", "map", "g2", "fit", "history", "scattering", "intensity", "image"):
+        for name in SECTIONS:
             section = self._newest.get(name)
             if section is not None and section.version > has.get(name, 0):
                 yield section

@@ -1,6 +1,7 @@
 """What Prometheus is told."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -9,6 +10,18 @@ from stream.live.view import PLANES
 
 LOSSES = ("lost", "late", "duplicate", "undecodable", "stray")
 ENDS = ("complete", "aborted", "failed")
+
+REGIONS = {
+    "frames": ("xpcs_region_frames", "Frames of which the newest sums of a region are."),
+    "lost": ("xpcs_region_lost_frames", "Frames of a region that never came."),
+    "lag": ("xpcs_region_lag_seconds", "From the end of the newest frame of a region to its correlation."),
+    "age": ("xpcs_region_age_seconds", "Since a worker was heard of that has the region; none once it has ended."),
+    "checkpoint": ("xpcs_region_checkpoint_frame", "Frames of the newest checkpoint of a region."),
+}
+"""Gauges by what they are of, see `stream.live.regions`."""
+
+MOST_REGIONS = 64
+"""That Prometheus is told of."""
 
 BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
@@ -40,10 +53,14 @@ class Metrics:
             "xpcs_missing_regions", "Regions of the detector that are not in the result.", registry=self._registry
         )
         self._plane = Gauge("xpcs_plane", "1 for the plane in use.", ["plane"], registry=self._registry)
+        self._regions = {
+            name: Gauge(called, text, ["region"], registry=self._registry) for name, (called, text) in REGIONS.items()
+        }
         self._clients = Gauge("xpcs_browsers", "Browsers that show the page.", registry=self._registry)
         self._served = Histogram(
             "xpcs_served_seconds",
-            "From the end of a frame to a browser that has a result with it.",
+            "From the end of the newest frame in a result to a browser that has it; with the wait for the result "
+            "(--publish-every), where whoever made it tells how long that was.",
             buckets=BUCKETS,
             registry=self._registry,
         )
@@ -59,14 +76,19 @@ class Metrics:
         """Take one latency."""
         self._served.observe(seconds)
 
-    def text(self, state: Mapping[str, Any], n_clients: int) -> bytes:
-        """Return what is known, in Prometheus' own format; `clients` are connected."""
+    def text(self, state: Mapping[str, Any], regions: Sequence[Mapping[str, Any]], n_clients: int) -> bytes:
+        """Return what is known, in Prometheus' own format; `n_clients` are connected."""
         self._lag.set(state["lag"] if state["lag"] is not None else float("nan"))
         self._age.set(state["age"] if state["age"] is not None else float("nan"))
         self._running.set(state["state"] == "running")
         self._missing.set(len(state["missing_regions"]))
         for plane in PLANES:
             self._plane.labels(plane).set(state["plane"] == plane)
+        for name, gauge in self._regions.items():
+            gauge.clear()  # the run before may have had more
+            for region in regions[:MOST_REGIONS]:
+                if region[name] is not None and math.isfinite(region[name]):
+                    gauge.labels(region["region"]).set(region[name])
         self._clients.set(n_clients)
         return generate_latest(self._registry)
 

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Protocol
 
 import uvicorn
@@ -16,6 +17,7 @@ from stream.errors import SourceError
 from stream.live.calculation import Calculation
 from stream.live.hub import Hub
 from stream.live.metrics import Metrics
+from stream.live.past import read_back
 from stream.live.view import UNFIT, View
 from stream.live.web import application
 from stream.messages import Rejected, Result, RunStart, RunStop
@@ -69,6 +71,8 @@ class Server:
         Where results come from, as the page says it.
     token
         See `stream.live.web.application`.
+    files
+        Where result files of earlier runs are, see `stream.live.past`.
     """
 
     def __init__(
@@ -80,8 +84,10 @@ class Server:
         source: str,
         token: str | None,
         stop: threading.Event,
+        files: Path | None = None,
     ) -> None:
         self._listening = listening
+        self._files = files
         self._results = results
         self._stop = stop
         self._metrics = Metrics()
@@ -131,6 +137,10 @@ class Server:
         ]
         for thread in threads:
             thread.start()
+        if self._files is not None:
+            # Files may lie where nothing answers: it is not waited for.
+            read = threading.Thread(target=read_back, args=(self._files, self._view.remember, self._stop), daemon=True)
+            read.start()
         try:
             await self._server.serve(sockets=[self._listening])
         finally:
@@ -165,7 +175,7 @@ class Server:
             what = message.operator if isinstance(message, Result) else type(message).__name__
             self._reject(f"{what} of run {message.run}: {error!r}")
             return
-        if isinstance(message, Result) and message.operator in ("multitau", "scattering"):
+        if isinstance(message, Result) and message.operator in ("multitau", "scattering", "twotime"):
             self._calculation.put(view.key, message)
         if not isinstance(message, Result) or message.operator == "ledger":
             self._metrics.count(view.state()[0])

@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from stream.live.dynamics import Dynamics
 from stream.live.history import History, Past
 from stream.live.picture import Bins, block_mean, block_of, on_the_detector
+from stream.live.regions import Regions
 from stream.live.section import floats, pack
+from stream.live.stability import segments
+from stream.live.twotime import two_time
 from stream.messages import Arrays, Result, RunStart, RunStop
 from stream.operators.roimap import RoiMap
 
@@ -36,7 +39,16 @@ PLANES = ("stream", "stream and file", "file")
 
 COUNTS = ("sent", "received", "lost", "late", "duplicate", "undecodable", "stray")
 
-_STATES = {"success": "complete", "abort": "aborted", "fail": "failed"}
+STATES = {"success": "complete", "abort": "aborted", "fail": "failed"}
+
+TWO_TIME_BYTES_PER_S = 1e6
+"""To each browser, while the run is on."""
+
+TWO_TIME_SHARE = 0.25
+"""Of the time, that making it may take: fits are made by the same thread."""
+
+SEGMENTS_BYTES_PER_S = 1e5
+"""The same, of g2 of segments: of few bins they come with every result."""
 
 UNFIT = (KeyError, IndexError, TypeError, ValueError)
 """Raised by arrays that are not what they should be."""
@@ -70,6 +82,7 @@ class View:
         self._n_frames = 0
         self._final: set[str] = set()
         self._ledger: Arrays = {}
+        self._regions: Regions | None = None
         self._heard: float | None = None
         self._frames_per_s = math.nan
         self._rate_from: tuple[float, int] | None = None
@@ -78,6 +91,9 @@ class View:
         self._drift: dict[str, Any] = {}
         self._past: Past | None = None
         self._told = 0.0
+        self._told_frames = 0
+        self._two_time_due = 0.0
+        self._segments_due = 0.0
         if self._bins is not None:
             publish("map", pack("map", self._bins.facts, self._bins.arrays), None)
         self.tell()
@@ -95,7 +111,8 @@ class View:
                 if self._start is None or _differs(message, self._start):
                     self._begin(message)
             case Result() if self._start is not None and message.run == self._start.run:
-                self._heard = time.monotonic()
+                # Regions are told of also where nothing is new.
+                self._heard = self._heard if message.operator == "regions" else time.monotonic()
                 self._show(message)
             case RunStop() if self._start is not None and message.run == self._start.run and self._stop is None:
                 self._stop = message
@@ -103,7 +120,9 @@ class View:
             case _:
                 return
         if not isinstance(message, Result) or message.operator == "ledger":
-            self.tell(fresh=isinstance(message, Result))
+            fresh = isinstance(message, Result) and message.n_frames > self._told_frames
+            self._told_frames = self._n_frames
+            self.tell(fresh=fresh)
 
     def reject(self) -> None:
         """Count a message that could not be read."""
@@ -119,8 +138,12 @@ class View:
         self._told = time.monotonic()
         facts, arrays = self.state()
         lag = facts["lag"]
-        frame_end = self._told - lag if fresh and lag is not None and self._stop is None else None
+        age = lag if facts["frame_age"] is None else facts["frame_age"]
+        frame_end = self._told - age if fresh and age is not None and self._stop is None else None
         self._publish("run", pack("run", facts, arrays), frame_end)
+        if self._regions is not None:
+            facts, arrays = self._regions.section(facts["missing_regions"], is_on=self._stop is None)
+            self._publish("regions", pack("regions", {"key": self._name(self._key), **facts}, arrays), None)
 
     def dynamics(self, key: int, n_frames: int, facts: dict[str, Any], arrays: Arrays) -> None:
         """Show fits of the run `key` after n_frames, from whatever thread they were made in."""
@@ -131,6 +154,22 @@ class View:
             self._past.facts |= {name: facts["single"][name] for name in ("diffusion", "diffusion_err")}
             self._tell_history()
 
+    def two_time(self, key: int, result: Result) -> None:
+        """Show a two-time correlation of the run `key`, from whatever thread; interim ones as often as is bearable."""
+        start = self._start
+        late = not result.final and ("twotime" in self._final or time.monotonic() < self._two_time_due)
+        if key != self._key or start is None or late:
+            return
+        begin = time.monotonic()
+        found = two_time(result.arrays, start.frame_time)
+        if found is None:
+            return
+        head = {"key": self._name(key), "n_frames": result.n_frames, "final": result.final}
+        packed = pack("twotime", {**head, **found[0]}, found[1])
+        self._publish("twotime", packed, None)
+        end = time.monotonic()
+        self._two_time_due = end + max(len(packed) / TWO_TIME_BYTES_PER_S, (end - begin) / TWO_TIME_SHARE)
+
     def drift(self, key: int, facts: dict[str, Any]) -> None:
         """Show how the scattering of the run `key` drifts."""
         if key == self._key:
@@ -140,6 +179,11 @@ class View:
     def key(self) -> int:
         """Which run is shown; names of runs may come again."""
         return self._key
+
+    def regions(self) -> list[dict[str, Any]]:
+        """Return how the regions are, see `stream.live.regions.Regions.facts`. For any thread."""
+        regions, missing = self._regions, self._ledger.get("missing_regions", np.empty(0))
+        return [] if regions is None else regions.facts(missing.tolist(), is_on=self._stop is None)
 
     @property
     def dynamic_of_static(self) -> NDArray[np.int64] | None:
@@ -154,7 +198,7 @@ class View:
         """Return the section "run" before it is packed."""
         start, ledger = self._start, self._ledger
         missing, repaired = ([int(i) for i in ledger.get(name, ())] for name in ("missing_regions", "repaired_regions"))
-        lag = float(ledger["lag"]) if "lag" in ledger else math.nan
+        lag, frame_age = (float(ledger.get(name, math.nan)) for name in ("lag", "frame_age"))
         planned = start.metadata.get("n_frames") if start is not None else None
         facts = {
             "key": self._name(self._key),
@@ -164,7 +208,8 @@ class View:
             "n_frames": self._n_frames,
             "planned": planned if isinstance(planned, int) and planned > 0 else None,
             "frames_per_s": self._frames_per_s,
-            "lag": lag if math.isfinite(lag) and abs(lag) < LONGEST_LAG else None,
+            "lag": _of_now(lag),
+            "frame_age": _of_now(frame_age),
             "age": None if self._heard is None else time.monotonic() - self._heard,
             "plane": PLANES[int(ledger["plane"])] if "plane" in ledger and 0 <= int(ledger["plane"]) < 3 else None,
             "missing_regions": missing,
@@ -195,7 +240,7 @@ class View:
     def _state(self) -> str:
         if self._start is None:
             return "waiting"
-        return "running" if self._stop is None else _STATES[self._stop.exit_status]
+        return "running" if self._stop is None else STATES[self._stop.exit_status]
 
     def _begin(self, start: RunStart) -> None:
         self._start, self._stop, self._past = start, None, None
@@ -203,6 +248,8 @@ class View:
         self._n_frames = 0
         self._final = set()
         self._ledger, self._drift, self._g2 = {}, {}, b""
+        self._segments_due = 0.0
+        self._regions, self._told_frames = None, 0
         self._rate_from, self._frames_per_s = None, math.nan
 
     def _end(self) -> None:
@@ -210,12 +257,18 @@ class View:
             return
         facts = {
             "run": self._start.run,
+            "start_time": str(self._start.metadata.get("start_time") or self._start.metadata.get("announced") or ""),
             "sample": str(self._start.metadata.get("sample", "")),
             "state": self._state,
             "n_frames": self._stop.n_frames,
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         self._past = self.history.add(facts, self._g2)
+        self._tell_history()
+
+    def remember(self, facts: dict[str, Any], g2: bytes) -> None:
+        """Take a run that was over before we were, from whatever thread: `facts` and `g2` as of `History.add`."""
+        self.history.add(facts, g2)
         self._tell_history()
 
     def _tell_history(self) -> None:
@@ -231,12 +284,16 @@ class View:
         match result.operator:
             case "multitau":
                 self._show_curves(head, floats(result.arrays, "tau", "g2", "g2_err", "n_pairs"))
+                self._show_segments(head, result)
             case "scattering":
                 self._show_scattering(head, result.arrays)
             case "intensity":
                 self._show_intensity(head, result.arrays)
             case "ledger":
                 self._take_ledger(result)
+            case "regions":
+                self._regions = Regions.of(result.arrays)
+                self.tell()
 
     def _show_curves(self, head: dict[str, Any], curves: Arrays) -> None:
         n_delay, _ = curves["g2"].shape
@@ -245,6 +302,15 @@ class View:
                 raise ValueError(f"{name} is {curves[name].shape}, not {shape}")
         self._g2 = pack("g2", head, curves)
         self._publish("g2", self._g2, None)
+
+    def _show_segments(self, head: dict[str, Any], result: Result) -> None:
+        if self._start is None or not (result.final or time.monotonic() >= self._segments_due):
+            return
+        shown = segments(result.arrays, self._start.frame_time)
+        if shown is not None:
+            packed = pack("segments", head, shown)
+            self._publish("segments", packed, None)
+            self._segments_due = time.monotonic() + len(packed) / SEGMENTS_BYTES_PER_S
 
     def _show_scattering(self, head: dict[str, Any], arrays: Arrays) -> None:
         profiles = floats(arrays, "scattering_1d", "scattering_1d_segments", "segment_start")
@@ -281,12 +347,17 @@ class View:
         except UNFIT:
             self._ledger = before
             raise
+        self._regions = Regions.of_one(result.arrays) or self._regions
         now = (time.monotonic(), int(result.arrays["received"]))
         if self._rate_from is None:
             self._rate_from = now
         elif now[0] - self._rate_from[0] > EVERY / 2:
             self._frames_per_s = max(0, now[1] - self._rate_from[1]) / (now[0] - self._rate_from[0])
             self._rate_from = now
+
+
+def _of_now(seconds: float) -> float | None:
+    return seconds if math.isfinite(seconds) and abs(seconds) < LONGEST_LAG else None
 
 
 def joined(spans: NDArray[np.int64], gap: int) -> NDArray[np.int64]:

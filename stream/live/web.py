@@ -75,7 +75,7 @@ def application(view: View, hub: Hub, metrics: Metrics, *, token: str | None, lo
         return PlainTextResponse("ok\n")
 
     async def numbers(_: Request) -> Response:
-        text = metrics.text(view.state()[0], hub.n_clients)
+        text = metrics.text(view.state()[0], view.regions(), hub.n_clients)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def live(socket: WebSocket) -> None:

@@ -21,18 +21,20 @@ from numpy.typing import NDArray
 
 from stream.errors import ConfigError
 from stream.messages import Arrays, Events, FrameBatch, RunStart
+from stream.operators.g2 import delays, mean_and_error, ratio
 from stream.operators.history import COUNT_BITS, empty_planes, restore_planes, saved_planes
 from stream.operators.kernels import multitau as kernel
 from stream.operators.kernels import wide
 from stream.operators.kernels.layout import BLOCK, CHUNK, LANES, TILE, Block, History, Sums, aligned, slots
 from stream.operators.kernels.space import State, work_space
 from stream.operators.roimap import RoiMap
+from stream.operators.stability import Stability, Totals
 from stream.operators.state import Copying, check_identity, identity, static_bins
 from stream.operators.tiles import Threads, Tiles
 
 Error = Literal["static", "pixel"]
 
-LAYOUT = 2
+LAYOUT = 3
 """Of a snapshot; those of another one cannot be restored."""
 
 EVENT_BLOCK = 2**14
@@ -61,7 +63,10 @@ class MultiTau:
     error
         What g2_err is: "static" = spread of g2 over the static bins of a dynamic bin over the square root of their
         number (NaN with fewer than two); "pixel" = the same over its pixels, as the APS does, at the cost of
-        accumulators per pixel: 64 bytes per pixel and delay.
+        accumulators per pixel: 64 bytes per pixel and delay. That of segments is always "static".
+    segments
+        Successive parts of the run, at most, of which g2 is told too (`stream.operators.stability`); 0: of none. They
+        take 64 bytes per static bin and delay each.
     threads
         Kernel threads; None = all cores this process may use. The result does not depend on it.
 
@@ -86,18 +91,23 @@ class MultiTau:
         delays_per_level: int = 4,
         levels: int = 16,
         error: Error = "static",
+        segments: int = 8,
         threads: int | None = None,
     ) -> None:
         if not 1 <= delays_per_level <= 32:
             raise ValueError(f"delays_per_level: {delays_per_level} is not in 1..32")
         if not 1 <= levels <= 28:
             raise ValueError(f"levels: {levels} is not in 1..28")
+        if not 0 <= segments <= 64:
+            raise ValueError(f"segments: {segments} is not in 0..64")
         self.n_frames = 0
         self._start = start
         self._roimap = roimap
         self._d = delays_per_level
         self._levels = levels
         self._error = error
+        self._segments = segments
+        self._stability = Stability(segments, roimap.n_static)
         self._threads = Threads(threads)
         self._merged = False
 
@@ -165,14 +175,15 @@ class MultiTau:
             self._fold()
         begin = 0
         while begin < len(frames):
-            n = min(len(frames) - begin, BLOCK - self._n_held)
+            segment_end = self._stability.end_after(self.n_frames)
+            n = min(len(frames) - begin, BLOCK - self._n_held, segment_end - self.n_frames)
             places = frames.ctypes.data + np.arange(begin, begin + n) * frames.strides[0]
             self._addresses[self._n_held : self._n_held + n] = places
             self._hold_memory(frames)
             self._n_held += n
             self.n_frames += n
             begin += n
-            if self._n_held == BLOCK or self._held_bytes >= HELD_BYTES:
+            if self._n_held == BLOCK or self._held_bytes >= HELD_BYTES or self.n_frames == segment_end:
                 self._fold()
 
     def _hold_memory(self, frames: NDArray[np.unsignedinteger]) -> None:
@@ -192,7 +203,7 @@ class MultiTau:
             known = self.n_frames - self._n_held - self._unbroken
             room = HELD_EVENTS * len(frames) // (len(frames.pixels) + 1)
             length = max(BLOCK, min(EVENT_BLOCK, *(1 << max(each.bit_length() - 1, 0) for each in (known, room))))
-            end = (self.n_frames // length + 1) * length
+            end = min((self.n_frames // length + 1) * length, self._stability.end_after(self.n_frames))
             n = min(len(frames) - begin, end - self.n_frames)
             held = frames[begin : begin + n]
             self._held_events.append(held)
@@ -210,12 +221,18 @@ class MultiTau:
             return
         if self._held_events or self._n_held + missing > BLOCK:
             self._fold()
-        self._unbroken = self.n_frames = n_frames
-        if missing > BLOCK:
-            self._correlate(n_frames - missing, missing, np.zeros(2 * self._d, np.int64))
-        else:
-            self._addresses[self._n_held : self._n_held + missing] = 0
-            self._n_held += missing
+        self._unbroken = n_frames
+        while self.n_frames < n_frames:
+            segment_end = self._stability.end_after(self.n_frames)
+            missing = min(n_frames, segment_end) - self.n_frames
+            self.n_frames += missing
+            if missing > BLOCK:
+                self._correlate(self.n_frames - missing, missing, np.zeros(2 * self._d, np.int64))
+            else:
+                self._addresses[self._n_held : self._n_held + missing] = 0
+                self._n_held += missing
+                if self.n_frames == segment_end:
+                    self._fold()
 
     def _fold(self) -> None:
         """Fold in what is held."""
@@ -275,6 +292,8 @@ class MultiTau:
             for sums in self._sums:
                 kernel.settle(*sums)
             self._bound = 0
+        if self._stability.reach(first + span):
+            self._stability.end(self._so_far(first + span))
 
     def _bury(self, first: int, came: NDArray[np.bool_], weights: NDArray[np.int64], pairs: NDArray[np.int64]) -> None:
         """Count the pairs that were complete when pixels left in a block, from the weights and pairs before it."""
@@ -295,6 +314,14 @@ class MultiTau:
         kernel.outer(_by_delay(self._pairs, self._d), self._alive, here)
         return wide.total(np.stack([self._N_left, here], axis=1), 1)
 
+    def _so_far(self, n_frames: int) -> Totals:
+        """Return the sums of the static bins at the delays that n_frames have."""
+        n_delay = len(delays(n_frames, self._d, self._levels)[0])
+        sums = [each[:, :n_delay] for each in self._totals()]
+        if self._error == "pixel":
+            sums = [_pool(each, self._static_of_bin, self._roimap.n_static) for each in sums]
+        return Totals(n_frames, np.stack(sums, axis=1), _by_delay(self._pairs, self._d)[:n_delay])
+
     def result(self) -> Arrays:
         """Return the correlation so far.
 
@@ -310,39 +337,44 @@ class MultiTau:
             Pairs of coarse frames, each counted with the share of its frames that came.
         G2, IP, IF : (n_delay, n_static) float64
             Means over pixels and pairs, counts**2 and counts, per frame.
+        g2_segments, g2_err_segments : (n_segment, n_delay, n_dynamic) float64
+            The same of successive parts of the run; NaN also at delays as long as a part, or longer.
+        n_pairs_segments : (n_segment, n_delay) float64
+        segment_start, segment_stop : (n_segment,) int64
+            The frames of each part.
         """
         self._fold()
         level, delay = delays(self.n_frames, self._d, self._levels)
-        n_delay = len(delay)
-        roimap = self._roimap
-        sums = [each[:, :n_delay] for each in self._totals()]
-        pooled = sums
+        roimap, so_far = self._roimap, self._so_far(self.n_frames)
+        G2, IP, IF, N = wide.to_float(so_far.sums)
+        g2_static = ratio(G2 * N, IP * IF)
+        g2, g2_err = mean_and_error(g2_static, roimap.dynamic_of_static, roimap.n_dynamic)
         if self._error == "pixel":
-            pooled = [_pool(each, self._static_of_bin, roimap.n_static) for each in sums]
-        G2, IP, IF, N = (wide.to_float(each) for each in pooled)
-        g2_static = _ratio(G2 * N, IP * IF)
-        g2, g2_err = _mean_and_error(g2_static, roimap.dynamic_of_static, roimap.n_dynamic)
-        if self._error == "pixel":
-            # In the order of pixels on the detector, so that merged regions round like the whole.
-            order = np.argsort(self._pixel_of_bin)
-            G2_pixel, IP_pixel, IF_pixel, N_pixel = (wide.to_float(each[:, :, order]) for each in sums)
-            g2_pixel = _ratio(G2_pixel * N_pixel, IP_pixel * IF_pixel)
-            group = roimap.dynamic_of_static[self._static_of_bin[order]]
-            _, g2_err = _mean_and_error(g2_pixel, group, roimap.n_dynamic)
+            g2_err = self._error_per_pixel(len(delay))
         return {
             "delay": delay,
             "tau": delay * self._start.frame_time,
             "g2": g2,
             "g2_err": g2_err,
-            "n_pairs": np.ldexp(_by_delay(self._pairs, self._d)[:n_delay].astype(np.float64), -2 * level),
-            "G2": _ratio(G2, N),
-            "IP": _ratio(IP, N),
-            "IF": _ratio(IF, N),
+            "n_pairs": np.ldexp(so_far.pairs.astype(np.float64), -2 * level),
+            "G2": ratio(G2, N),
+            "IP": ratio(IP, N),
+            "IF": ratio(IF, N),
+            **self._stability.result(so_far, delay, level, roimap.dynamic_of_static, roimap.n_dynamic),
         }
+
+    def _error_per_pixel(self, n_delay: int) -> NDArray[np.float64]:
+        # In the order of pixels on the detector, so that merged regions round like the whole.
+        order = np.argsort(self._pixel_of_bin)
+        G2, IP, IF, N = (wide.to_float(each[:, :n_delay, order]) for each in self._totals())
+        group = self._roimap.dynamic_of_static[self._static_of_bin[order]]
+        return mean_and_error(ratio(G2 * N, IP * IF), group, self._roimap.n_dynamic)[1]
 
     def merge(self, other: Self) -> None:
         """Add another region of the same frames; see `stream.protocols.Operator`."""
-        mine_is, theirs_is = ((each._d, each._levels, each._error, each._roimap.digest) for each in (self, other))
+        mine_is, theirs_is = (
+            (each._d, each._levels, each._error, each._segments, each._roimap.digest) for each in (self, other)
+        )
         if mine_is != theirs_is:
             raise ValueError(f"multitau: regions correlated as {theirs_is} and as {mine_is} cannot be merged")
         n_frames = max(self.n_frames, other.n_frames)
@@ -351,6 +383,7 @@ class MultiTau:
         for each in (self, other):
             each.miss(n_frames)
             each._fold()
+        self._stability = self._stability.merged(other._stability, self._so_far(n_frames), other._so_far(n_frames))
         mine, theirs = self._totals(), other._totals()
         if self._error == "pixel":
             self._static_of_bin = np.concatenate([self._static_of_bin, other._static_of_bin])
@@ -407,6 +440,7 @@ class MultiTau:
         n_level = min(self._levels, n_frames.bit_length())
         return {
             **self._sums_alone(n_frames),
+            **self._stability.state(len(delays(n_frames, self._d, self._levels)[0])),
             "live": self._region.live.copy(),
             **saved_planes(self._history, self._d, n_level),
         }
@@ -426,7 +460,8 @@ class MultiTau:
     def partial(self) -> Arrays:
         """Return the sums alone; see `stream.protocols.Operator`."""
         self._fold()
-        return self._sums_alone(self.n_frames)
+        delay = delays(self.n_frames, self._d, self._levels)[1]
+        return {**self._sums_alone(self.n_frames), **self._stability.partial(delay)}
 
     def restore(self, state: Arrays) -> None:
         """Take over a state; see `stream.protocols.Operator`."""
@@ -455,18 +490,11 @@ class MultiTau:
         kernel.outer(_by_delay(self._pairs, self._d), self._alive, here)
         totals[3] = wide.difference(totals[3], here)
         self._take(totals)
+        self._stability = self._stability.restored(state)
 
     def _identity(self) -> Arrays:
-        return identity(self._start, self._roimap, self._d, self._levels, self._error == "pixel", LAYOUT)
-
-
-def delays(n_frames: int, d: int, levels: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return level and delay (frames) of every delay that a pair of n_frames can have, in order."""
-    level = np.repeat(np.arange(levels), d)
-    k = np.tile(np.arange(d + 1, 2 * d + 1), levels)
-    level, k = np.concatenate([np.zeros(d, np.int64), level]), np.concatenate([np.arange(1, d + 1), k])
-    known = k < n_frames >> level
-    return level[known], (k << level)[known]
+        parameters = self._d, self._levels, self._error == "pixel", self._segments, LAYOUT
+        return identity(self._start, self._roimap, *parameters)
 
 
 def _slots(d: int, levels: int) -> NDArray[np.int64]:
@@ -505,24 +533,3 @@ def _pool(sums: wide.Wide, static_of_bin: NDArray[np.integer[Any]], n_static: in
     pooled = np.zeros((2, sums.shape[1], n_static), np.int64)
     kernel.pool(np.ascontiguousarray(sums), static_of_bin, pooled)
     return pooled
-
-
-def _ratio(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> NDArray[np.float64]:
-    known = denominator > 0
-    return np.where(known, numerator / np.where(known, denominator, 1), np.nan)
-
-
-def _mean_and_error(
-    values: NDArray[np.float64], group: NDArray[np.int64], n_group: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean over the finite members of each group 1..n_group and its standard error, (n_delay, n_group)."""
-    mean = np.full((len(values), n_group), np.nan)
-    error = np.full((len(values), n_group), np.nan)
-    for g in range(n_group):
-        members = values[:, group == g + 1]
-        finite = np.isfinite(members)
-        n = finite.sum(axis=1)
-        mean[:, g] = _ratio(np.where(finite, members, 0).sum(axis=1), n.astype(np.float64))
-        squares = np.where(finite, members - mean[:, g, None], 0) ** 2
-        error[:, g] = np.sqrt(_ratio(squares.sum(axis=1), n * (n - 1.0)))
-    return mean, error

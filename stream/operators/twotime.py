@@ -16,12 +16,22 @@ that there is. So the state grows with N times the number of levels, never with 
 as in `stream.operators.multitau`, of one pair each. A time of which no frame came has no pair: c2 is NaN there. Of one
 of which some came it is that of their mean. With nothing lost this is the formula above. All sums are exact integers.
 
-*Normalisation* is symmetric, each time by its own mean: over all pixels of the dynamic bin ("dynamic": NXxpcs, pyCHX
-without `norm`, boost_corr with smooth = "dqmap"), or of each static bin, of which c2 of the dynamic bin then is the
-mean, weighted with their pixels ("static": boost_corr's default, smooth = "sqmap"). That takes out intensity that
-varies within a dynamic bin, but needs photons in every static bin and frame: where there are none, that bin is left out
-of that pair. What pyCHX calls `norm`, division of each pixel by its mean over the run, is not offered: the mean is not
-known before the end.
+*Normalisation* is symmetric, each time by its own mean: c2(t1, t2) = c2(t2, t1). There are two, by what the mean is of:
+
+"dynamic", if nothing is said: all pixels of the dynamic bin, c2 = G2 N / (IP IF) with the sums over all of them
+(NXxpcs; pyCHX without `norm`; boost_corr with smooth = "dqmap").
+
+"static", per bin: each static bin s in the dynamic bin, the sums over its pixels (boost_corr's default, smooth =
+"sqmap"). Of the dynamic bin it is their mean, weighted with N, which is with their pixels where all lost the same
+frames:
+
+    c2 = sum N_s c2_s / sum N_s     c2_s = G2_s N_s / (IP_s IF_s)
+
+That takes out intensity that varies within a dynamic bin, but needs photons in every static bin and frame: where there
+are none, that bin is left out of both sums of that pair.
+
+It is chosen by ``operators: {twotime: {normalisation: static}}``, or ``--two-time-normalisation static``. What pyCHX
+calls `norm`, division of each pixel by its mean over the run, is not offered: the mean is not known before the end.
 
 The diagonal, t1 = t2, holds the shot noise of the counts, as in boost_corr and pyCHX; it is no correlation.
 
@@ -53,6 +63,16 @@ MOST_COUNTS = 2**24 - 1
 
 BLOCK_BYTES = 2**24
 """Of frames that are taken at once: memory that malloc has at hand, and need not ask the kernel for."""
+
+
+HEAD_BYTES = 4096
+"""More than what a partial sum says of the run, the map and the parameters."""
+
+
+def partial_bytes(frames: int, levels: int, n_rows: int) -> int:
+    """Return how many bytes `TwoTime.partial` takes at most, of n_rows bins that are normalised for themselves."""
+    each = n_rows * (frames * (frames + 1) // 2 + frames) + frames
+    return 8 * (levels * each + n_rows) + HEAD_BYTES
 
 
 class TwoTime:
@@ -324,8 +344,9 @@ class TwoTime:
         state = dict(self._head())
         for level, window in enumerate(self._windows[: self._n_levels()]):
             G2, sums = window.sums()
-            upper = np.triu_indices(G2.shape[1])
-            state |= {f"G2_{level}": G2[:, *upper], f"sums_{level}": sums, f"weights_{level}": window.weights()}
+            half = G2[:, *np.triu_indices(G2.shape[1])]
+            half = half.astype(np.min_scalar_type(int(half.max(initial=0))))  # it travels, often
+            state |= {f"G2_{level}": half, f"sums_{level}": sums, f"weights_{level}": window.weights()}
         return state | {"pixels": self._left()}
 
     def _head(self) -> Arrays:

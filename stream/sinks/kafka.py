@@ -78,6 +78,11 @@ class KafkaSink:
         """Records that Kafka will never have."""
         return self._outbox.failed
 
+    @property
+    def waiting(self) -> int:
+        """Records that Kafka does not have yet."""
+        return self._outbox.waiting
+
     def __enter__(self) -> Self:
         return self
 

@@ -42,6 +42,8 @@ class LiveSink:
         Where frames come from, for those who read the page.
     token
         Without it nobody is served. None: only for this machine.
+    files
+        Where result files are written, so that the page has the runs of the day.
 
     Raises
     ------
@@ -49,10 +51,13 @@ class LiveSink:
         The address cannot be used, or others than this machine could reach it without a token.
     """
 
-    def __init__(self, host: str, port: int, *, qmap: Path, source: str, token: str | None) -> None:
+    def __init__(
+        self, host: str, port: int, *, qmap: Path, source: str, token: str | None, files: Path | None = None
+    ) -> None:
         self._qmap = qmap
         self._source = source
         self._token = token
+        self._files = files
         self._listening = listen(host, port, token=token)
         self._open = ExitStack()
         self._due: dict[str, float] = {}
@@ -71,6 +76,7 @@ class LiveSink:
                 [
                     *(sys.executable, "-m", "stream.live", address, "--listening", str(fd)),
                     *("--qmap", str(self._qmap), "--source", self._source),
+                    *(() if self._files is None else ("--results", str(self._files))),
                 ],
                 stdin=subprocess.PIPE,
                 pass_fds=[fd],

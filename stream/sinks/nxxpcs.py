@@ -11,8 +11,12 @@
     /xpcs                       as boost_corr writes it and pyXpcsViewer 1.2.2 reads it
         qmap                    the map of pixels to bins, attributes hash and version
         multitau                normalized_g2, normalized_g2_err, delay_list; tau, n_pairs, G2, IP, IF
+                                normalized_g2_partial, ..._partial_err (n_segment, n_delay, n_dynamic): of successive
+                                parts of the run, NaN at delays as long as a part; ..._partial_labels, segment_stop
+                                where they begin and end; n_pairs_segments: see `stream.operators.stability`
         twotime                 if it was computed: of the whole run, at the resolution at which it was kept
-            correlation_map     c2_00001, ...: upper half; NaN where frames are lost
+            correlation_map     c2_00001, ...: upper half; NaN where frames are lost. Times are of config/avg_frame
+                                frames, by which pyXpcsViewer 1.2.2 does not multiply those at its axes
             normalized_g2, normalized_g2_segments, processed_bins, config, ...: see `stream.operators.twotime`
             finer               c2 of the newest frames at finer resolutions
         temporal_mean           scattering_2d, scattering_1d, scattering_1d_segments; segment_start, v_dim0, v_dim1
@@ -53,6 +57,15 @@ _QMAP = (
     *("beam_center_x", "beam_center_y", "detector_distance", "pixel_size"),
 )
 """What pyXpcsViewer cannot load a file without."""
+
+_SEGMENTS = {
+    "g2_segments": "normalized_g2_partial",
+    "g2_err_segments": "normalized_g2_partial_err",
+    "n_pairs_segments": "n_pairs_segments",
+    "segment_start": "normalized_g2_partial_labels",
+    "segment_stop": "segment_stop",
+}
+"""Arrays of a result, and what the viewer calls them, of which segments go by their first frame."""
 
 _LONGEST_PER_FRAME = 2**22
 """Frames up to which intensity_vs_time has one value per frame, as pyXpcsViewer takes it: 64 MB before compression."""
@@ -149,8 +162,9 @@ def _multitau(xpcs: h5py.Group, result: Result | None, n_dynamic: int, frame_tim
     else:
         per_bin, per_delay = np.empty((0, n_dynamic)), np.empty(0)
         arrays = {"delay": per_delay, "tau": per_delay, "g2": per_bin, "g2_err": per_bin, "n_pairs": per_delay}
+    segments = {name: arrays.pop(name) for name in _SEGMENTS if name in arrays}
     if len(arrays["delay"]) < 2:
-        arrays = _two_delays(arrays, frame_time)
+        segments, arrays = {}, _two_delays(arrays, frame_time)
     known = np.isfinite(arrays["g2"]).any(axis=1)
     if known.sum() < 2:
         known[:2] = True
@@ -164,6 +178,10 @@ def _multitau(xpcs: h5py.Group, result: Result | None, n_dynamic: int, frame_tim
         _put(group, name, array)
     if "G2" in group:
         group["G2"].attrs["storage_mode"] = "other"  # one column per static bin
+    if len(segments) == len(_SEGMENTS) and segments["segment_start"].size:
+        for name, of in _SEGMENTS.items():
+            array = segments[name]
+            _put(group, of, array[:, known] if array.ndim > 1 else array)
 
 
 def _two_delays(arrays: Arrays, frame_time: float) -> dict[str, NDArray[Any]]:

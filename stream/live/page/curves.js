@@ -1,6 +1,7 @@
 // g2 against tau: points with error bars, fits, and earlier runs.
 
 import { errorBars, field, figure, fitRange, source } from "./figure.js";
+import { bySegments, partsOf } from "./segments.js";
 import { colour } from "./theme.js";
 
 const STEPS = 120; // points of a line that is calculated
@@ -26,43 +27,50 @@ export class Curves {
 
   draw(state) {
     this.again = () => this.draw(state);
-    const { g2, colours, selected } = state;
-    const columns = { x: [], y: [], low: [], high: [], colour: [], alpha: [], bin: [] };
-    let [low, high] = [Infinity, -Infinity];
-    if (g2) {
-      const { tau, n_pairs } = g2.arrays;
-      const n = g2.arrays.g2.shape[1];
-      for (const bin of inOrder(n, selected)) {
-        for (let i = 0; i < tau.length; i++) {
-          const [value, error] = [g2.arrays.g2[i * n + bin], g2.arrays.g2_err[i * n + bin]];
-          if (!Number.isFinite(value)) continue;
-          const trusted = n_pairs[i] >= state.run.few_pairs;
-          const bar = Number.isFinite(error) ? error : 0;
-          columns.x.push(tau[i]);
-          columns.y.push(value);
-          columns.low.push(value - bar);
-          columns.high.push(value + bar);
-          columns.colour.push(colours[bin]);
-          columns.alpha.push((trusted ? 1 : PALE) * (selected === null || selected === bin ? 1 : BEHIND));
-          columns.bin.push(bin);
-          if (trusted && (selected === null || selected === bin)) {
-            low = Math.min(low, value - Math.min(bar, 0.1));
-            high = Math.max(high, value + Math.min(bar, 0.1));
-          }
-        }
-      }
-      if (!this.touched) {
-        this.setting = true;
-        fitRange(this.figure.x_range, tau[0], tau[tau.length - 1], { log: true });
-        fitRange(this.figure.y_range, Math.min(1, low), high);
-        this.setting = false;
-      }
+    const { g2 } = state;
+    const { points, lines } = g2 && bySegments(state) ? partsOf(state, PALE) : { points: binsOf(state), lines: fitted(state) };
+    if (g2 && !this.touched) {
+      const { tau } = g2.arrays;
+      let [low, high] = [Infinity, -Infinity];
+      points.y.forEach((value, i) => {
+        if (points.alpha[i] < 1) return; // behind, or of few pairs
+        const bar = Math.min(points.high[i] - value, 0.1);
+        low = Math.min(low, value - bar);
+        high = Math.max(high, value + bar);
+      });
+      this.setting = true;
+      fitRange(this.figure.x_range, tau[0], tau[tau.length - 1], { log: true });
+      fitRange(this.figure.y_range, Math.min(1, low), high);
+      this.setting = false;
     }
     this.key = g2?.head.key; // which run is drawn
-    this.points.data = columns;
-    this.lines.data = fitted(state);
+    this.points.data = points;
+    this.lines.data = lines;
     this.earlier.data = earlier(state);
   }
+}
+
+/** Points of all bins. */
+function binsOf({ g2, colours, selected, run }) {
+  const columns = { x: [], y: [], low: [], high: [], colour: [], alpha: [], bin: [] };
+  if (!g2) return columns;
+  const { tau, n_pairs } = g2.arrays;
+  const n = g2.arrays.g2.shape[1];
+  for (const bin of inOrder(n, selected)) {
+    for (let i = 0; i < tau.length; i++) {
+      const [value, error] = [g2.arrays.g2[i * n + bin], g2.arrays.g2_err[i * n + bin]];
+      if (!Number.isFinite(value)) continue;
+      const bar = Number.isFinite(error) ? error : 0;
+      columns.x.push(tau[i]);
+      columns.y.push(value);
+      columns.low.push(value - bar);
+      columns.high.push(value + bar);
+      columns.colour.push(colours[bin]);
+      columns.alpha.push((n_pairs[i] >= run.few_pairs ? 1 : PALE) * (selected === null || selected === bin ? 1 : BEHIND));
+      columns.bin.push(bin);
+    }
+  }
+  return columns;
 }
 
 /** All bins, the chosen one last, so that it lies on top. */

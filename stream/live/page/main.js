@@ -4,17 +4,20 @@ import { connect } from "./connection.js";
 import { Curves } from "./curves.js";
 import { Picture } from "./picture.js";
 import { Rates } from "./rates.js";
+import { drawRegions } from "./regions.js";
 import { unpack } from "./section.js";
+import { bySegments, drawSegmentsScale, shownBin } from "./segments.js";
 import { Intensity, Profile } from "./series.js";
 import { drawAlerts, drawHistory, drawRun } from "./status.js";
 import { byId, say, withError } from "./text.js";
 import { coloursOf, onTheme, setUp } from "./theme.js";
+import { TwoTime } from "./twotime.js";
 
-const OF_A_RUN = ["g2", "fit", "scattering", "intensity", "image"];
+const OF_A_RUN = ["g2", "fit", "segments", "scattering", "intensity", "image", "twotime", "regions"];
 
 const state = {
   run: { state: "connecting", missing_regions: [], repaired_regions: [], few_pairs: 0, drift: {} },
-  map: null, g2: null, fit: null, scattering: null, intensity: null, image: null,
+  map: null, g2: null, fit: null, segments: null, bySegments: false, scattering: null, intensity: null, image: null, regions: null, twotime: null, age: null, window: "whole",
   history: [], overlays: new Map(), colours: [], selected: null, model: "single", quantity: "tau",
   here: false, drifts: false, spans: null, heard: null,
 };
@@ -26,16 +29,19 @@ const rates = new Rates();
 const profile = new Profile();
 const intensity = new Intensity();
 const picture = new Picture((bin) => choose(bin));
+const twoTime = new TwoTime((age) => { state.age = age; draw("twotime"); });
 
 // Drawn once per frame of the screen, however much came: newest wins here, too.
 const drawers = {
-  run: () => drawRun(state.run, state.spans),
+  run: () => { drawRun(state.run, state.spans); drawRegions(state); },
+  regions: () => drawRegions(state),
   bins: drawBins,
-  g2: () => { curves.draw(state); sayChosen(); },
+  g2: () => { drawSegmentsScale(state); curves.draw(state); sayChosen(); },
   rates: () => rates.draw(state),
   profile: () => (state.drifts = profile.draw(state)),
   intensity: () => intensity.draw(state),
   image: () => picture.draw(state),
+  twotime: () => { const bin = twoTime.draw(state); if (bin !== undefined) say("two-time-name", `q = ${called(bin)} Å⁻¹`); },
   history: () => drawHistory(state.history, state.overlays, overlay),
 };
 const due = new Set();
@@ -52,8 +58,9 @@ function drawDue() {
 }
 
 const PARTS = {
-  run: ["run"], map: ["bins", "g2", "rates", "profile", "image"], g2: ["bins", "g2"], fit: ["g2", "rates"],
+  run: ["run"], map: ["bins", "g2", "rates", "profile", "image", "twotime"], g2: ["bins", "g2"], fit: ["g2", "rates"], segments: ["g2"],
   scattering: ["profile"], image: ["image"], intensity: ["intensity"], history: ["history"],
+  twotime: ["twotime"], regions: ["regions", "image"],
 };
 
 function take(head, arrays) {
@@ -61,6 +68,7 @@ function take(head, arrays) {
   if (name === "run") {
     if (head.key !== state.run.key) {
       for (const each of OF_A_RUN) if (state[each]?.head.key !== head.key) state[each] = null;
+      state.age = null;
       if (head.server !== state.run.server) state.overlays.clear();
       draw(...Object.keys(drawers));
     }
@@ -73,7 +81,7 @@ function take(head, arrays) {
     state.history = head.runs;
   } else {
     // The first result of a run may come before its state: it is kept.
-    state[name] = { head, arrays, version: (state[name]?.version ?? 0) + 1 };
+    state[name] = { head, arrays, version: (state[name]?.version ?? 0) + 1, at: performance.now() / 1000 };
   }
   if (name === "g2") note(page.arrived, head);
   draw(...PARTS[name]);
@@ -130,11 +138,16 @@ function choose(bin) {
   state.selected = bin;
   drawBins();
   byId("bins").querySelector('[aria-checked="true"]')?.scrollIntoView({ block: "nearest" });
-  draw("g2", "rates", "image");
+  draw("g2", "rates", "image", "twotime");
 }
 
 function sayChosen() {
-  const { fit, selected, model } = state;
+  const { fit, model } = state;
+  const selected = shownBin(state);
+  if (bySegments(state)) {
+    say("g2-says", `q = ${called(selected)} Å⁻¹: whole run (thick) and parts of it, early to late`);
+    return;
+  }
   if (selected === null || !fit || model === "none") {
     say("g2-says", selected === null ? "" : `q = ${called(selected)} Å⁻¹`);
     return;
@@ -178,18 +191,23 @@ document.addEventListener("keydown", (event) => {
 for (const input of document.querySelectorAll('input[name="fit"]')) {
   input.onchange = () => { state.model = input.value; draw("g2", "rates"); };
 }
+byId("segments").onchange = (event) => { state.bySegments = event.target.checked; draw("g2"); };
 for (const input of document.querySelectorAll('input[name="rates"]')) {
   input.onchange = () => { state.quantity = input.value; draw("rates"); };
+}
+for (const input of document.querySelectorAll('input[name="window"]')) {
+  input.onchange = () => { state.window = input.value; state.age = null; draw("twotime"); };
 }
 
 onTheme(() => { state.colours = []; draw(...Object.keys(drawers)); });
 setInterval(() => {
   const age = state.heard === null ? null : performance.now() / 1000 - state.heard;
   drawAlerts({ ...state, age });
+  drawRegions(state);
 }, 200);
 
 /** For tests: what the plots hold. */
-const page = { state, curves, rates, profile, intensity, picture, arrived: [], drawn: [] };
+const page = { state, curves, rates, profile, intensity, picture, twoTime, arrived: [], drawn: [] };
 window.xpcs = page;
 
 draw(...Object.keys(drawers));

@@ -1,10 +1,12 @@
 // The mean image with the outlines of the bins.
 
 import { field, figure, source } from "./figure.js";
+import { regionsNow } from "./regions.js";
 import { byId, say, short } from "./text.js";
 import { colour, onTheme } from "./theme.js";
 
 const FINE = 1024; // pixels of the outlines, at least, so that they are thin; at least two of them, so that none is lost
+const EDGES = { silent: 0xc000a5ff, missing: 0xff281fb8 }; // ABGR
 const HC = 12.398419843320026; // keV angstrom
 
 export class Picture {
@@ -42,29 +44,37 @@ export class Picture {
     if (!image) {
       this.image.data = { image: [], rows: [], columns: [] };
       this.outline.data = { image: [], rows: [], columns: [] };
-      this.drawn = undefined;
+      this.drawn = this.lit = undefined;
       return;
     }
-    const counts = image.arrays.image;
-    const [rows, columns] = counts.shape;
+    const [rows, columns] = image.arrays.image.shape;
     const block = image.head.block;
+    const place = { rows: [rows * block], columns: [columns * block] };
+    if (this.lit !== image) {
+      this.lit = image;
+      this.image.data = { image: [this.light(image.arrays.image)], ...place };
+    }
+    const bands = bandsOf(state);
+    const key = [bands.map(({ end, state: how }) => `${end}${how}`).join(), map?.version, selected, rows, columns, image.arrays.no_data.reduce((sum, each, i) => sum + each * (i % 9973), 0), colour("bad")].join();
+    if (this.drawn !== key) {
+      this.drawn = key;
+      this.outline.data = { image: [this.outlines(state, rows, columns, bands)], ...place };
+    }
+  }
+
+  /** Choose what is dark and what is bright. */
+  light(counts) {
     const [low, high] = limits(counts);
     [this.mapper.low, this.mapper.high] = [low, high];
     say("lowest", short(low, 2));
     say("highest", short(high, 2));
-    const place = { rows: [rows * block], columns: [columns * block] };
     // Dark pixels are the lowest colour, not a hole.
     const lit = Float32Array.from(counts, (value) => (value < low ? low : value));
-    this.image.data = { image: [this.ndarray(lit, { dtype: "float32", shape: [rows, columns] })], ...place };
-    const key = [map?.version, selected, rows, columns, image.arrays.no_data.reduce((sum, each, i) => sum + each * (i % 9973), 0), colour("bad")].join();
-    if (this.drawn !== key) {
-      this.drawn = key;
-      this.outline.data = { image: [this.outlines(state, rows, columns)], ...place };
-    }
+    return this.ndarray(lit, { dtype: "float32", shape: counts.shape });
   }
 
-  /** Edges between bins, the chosen bin marked, and stripes where counts are missing. */
-  outlines({ map, image, selected }, rows, columns) {
+  /** Edges between bins, the chosen bin marked, stripes where counts are missing, and at the sides where regions end. */
+  outlines({ map, image, selected }, rows, columns, bands) {
     const fine = Math.max(1, Math.ceil(FINE / Math.max(rows, columns)));
     const [height, width] = [rows * fine, columns * fine];
     const rgba = new Uint32Array(height * width);
@@ -86,6 +96,15 @@ export class Picture {
           if (edge) value = selected !== null && (bin - 1 === selected || other - 1 === selected) ? 0xffffffff : 0x66ffffff;
         }
         rgba[y * width + x] = value;
+      }
+    }
+    const side = Math.max(thick, Math.round(0.025 * width));
+    for (const { begin, end, state: how } of bands) {
+      const [from, to] = [begin, end].map((row) => Math.min(height, Math.round((row / image.head.block) * fine)));
+      for (let y = from; y < to; y++) {
+        const edge = y < from + thick && from > 0;
+        const value = EDGES[how] ?? (edge ? 0xffffffff : 0);
+        for (let x = 0; value && x < side; x++) rgba[y * width + x] = rgba[(y + 1) * width - 1 - x] = edge ? 0xffffffff : value;
       }
     }
     return this.ndarray(rgba, { dtype: "uint32", shape: [height, width] });
@@ -112,10 +131,21 @@ export class Picture {
     const parts = [`row ${row}, column ${column}`];
     parts.push(Number.isFinite(counts) ? `${short(counts)} counts${block > 1 ? ` (mean of ${block}×${block})` : ""}` : missing ? "no data" : "masked");
     if (q !== null) parts.push(`q = ${q.toFixed(5)} Å⁻¹`);
+    const region = this.state.regions?.head.n > 1 ? bandsOf(this.state).findIndex(({ begin, end }) => begin <= row && row < end) : -1;
+    if (region >= 0) parts.push(`region ${region}`);
     if (bin !== undefined) parts.push(bin > 0 ? `bin ${bin}` : "in no bin");
     say("picture-says", parts.join(" · "));
     byId("picture-says").dataset.bin = bin ?? "";
   }
+}
+
+/** Where regions lie, in rows of the detector, and how they are. */
+function bandsOf(state) {
+  const { regions } = state;
+  if (!regions || regions.head.n < 2) return [];
+  const told = new Map(regionsNow(state).map((region) => [region.region, region.state]));
+  const rows = regions.arrays.rows;
+  return Array.from({ length: rows.length / 2 }, (_, i) => ({ begin: rows[2 * i], end: rows[2 * i + 1], state: told.get(i) }));
 }
 
 /** From the thousandth part of what is brightest, or the darkest pixel, to the brightest but for a few. */

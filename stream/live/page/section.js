@@ -1,6 +1,6 @@
 // What `stream.live.section` packed.
 
-const TYPES = { "<f8": Float64Array, "<f4": Float32Array, "<i4": Int32Array, "|u1": Uint8Array };
+const TYPES = { "<f8": Float64Array, "<f4": Float32Array, "<i4": Int32Array, "<u2": Uint16Array, "|u1": Uint8Array };
 
 /** Return the head of a section and its arrays, which look into the buffer. */
 export function unpack(buffer) {

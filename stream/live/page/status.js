@@ -1,5 +1,6 @@
-// What is said in words: the run, its losses, its regions, earlier runs.
+// What is said in words: the run, its losses, earlier runs.
 
+import { regionsNow } from "./regions.js";
 import { byId, say, seconds, short, whole, withError } from "./text.js";
 
 const CAUSES = [
@@ -33,9 +34,6 @@ export function drawRun(run, spans) {
   });
   byId("losses").tBodies[0].replaceChildren(...rows);
   say("spans", where(spans));
-  const missing = run.missing_regions;
-  const repaired = run.repaired_regions.length ? `; repaired from the file: ${run.repaired_regions.join(", ")}` : "";
-  say("regions", missing.length ? `missing: ${missing.join(", ")}${repaired}` : `none is missing${repaired}`, missing.length ? "bad" : "");
 }
 
 function where(spans) {
@@ -46,12 +44,14 @@ function where(spans) {
 }
 
 /** Say what is wrong, worst first; also whether what is shown is old. */
-export function drawAlerts({ run, here, age, drifts }) {
+export function drawAlerts({ run, regions, here, age, drifts }) {
   const said = [];
+  const silent = regionsNow({ run, regions }).filter((region) => region.state === "silent");
   const stale = here && run.state === "running" && age > STALE;
   if (!here) said.push(["the server is not there; trying again", "bad"]);
   if (stale) said.push([`no result for ${seconds(age)}: what is shown is old`, "bad"]);
   if (run.missing_regions?.length) said.push([`degraded: region ${run.missing_regions.join(", ")} of the detector is missing`, "bad"]);
+  if (here && silent.length) said.push([`no word from the worker of region ${silent.map((region) => `${region.region}${region.node && ` (${region.node})`}`).join(", ")}`, ""]);
   if (run.plane && run.plane !== "stream") said.push([`degraded: frames come over the ${run.plane === "file" ? "file plane" : "stream and the file plane"}`, ""]);
   if (drifts) said.push(["the scattering drifts beyond noise", ""]);
   const paragraphs = said.map(([text, level]) => Object.assign(document.createElement("p"), { textContent: text, className: level }));
