@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 bin := $(VENV)/bin
 # Most tests wait for other processes, so several files go at once, on two cores as well.
-together := --numprocesses=6 --dist=loadfile --no-loadscope-reorder
+together := --numprocesses=4 --dist=loadfile --no-loadscope-reorder
 # Begin first, since they take longest: the others are done beside them.
 longest := hpc_bridge docs fallback backfill bulk_manager planes examples adaptive kafka_plane bluesky_tiled live_page slurm \
 	gateway_status start kill manager bluesky_transport until_precise_files command_line kafka

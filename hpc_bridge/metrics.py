@@ -17,6 +17,9 @@ from hpc_bridge.reconcile import State
 from hpc_bridge.report import Seen
 from hpc_bridge.switch import Plane
 
+MOST_RUNS = 500
+"""Of a beamline, whose moved bytes are remembered."""
+
 OUTCOMES = ("accepted", "refused", "unanswered")
 
 
@@ -50,7 +53,9 @@ class Metrics(Collector):
         now = {run["run"]: _moved(run, (before or {}).get(run["run"], 0)) for run in runs}
         if before is not None:
             self._n_moved[beamline] += sum(max(0, moved - before.get(run, 0)) for run, moved in now.items())
-        self._moved[beamline] = now
+        # A beamline that is let go lists none, and lists them again when it comes back.
+        known = list(((before or {}) | now).items())[-MOST_RUNS:]
+        self._moved[beamline] = dict(known)
 
     def collect(self) -> Iterator[Metric]:
         """Yield all families, those of which nothing is known without values."""

@@ -22,8 +22,8 @@ def served(at: str, registry: CollectorRegistry) -> Iterator[None]:
     host, port = _address(at)
     try:
         server, thread = start_http_server(port, host, registry)
-    except OSError as error:
-        raise ConfigError(f"--metrics {at}: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"--metrics {at}: {getattr(error, 'strerror', None) or error}") from None
     try:
         shown = f"[{host}]" if ":" in host else host
         say(f"metrics at http://{shown}:{server.server_port}/metrics")

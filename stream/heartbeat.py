@@ -25,6 +25,12 @@ BEAT = 2.0
 NODE_BYTES = 64
 """Of the name of a worker, at most."""
 
+MOST_REGIONS = 4096
+"""That a run may say it has."""
+
+MOST_ROWS = 2**28
+"""More than any detector has."""
+
 OF_A_WORKER = ("node", "checkpoint", "frame_age")
 """What a ledger says beside the counts."""
 
@@ -38,6 +44,24 @@ def worker(checkpoint: int, frame_age: float) -> Arrays:
         "checkpoint": np.array(checkpoint, np.int64),
         "frame_age": np.array(frame_age, np.float64),
     }
+
+
+def worker_of(ledger: Arrays) -> Arrays:
+    """Return what a ledger says of who published it.
+
+    Raises
+    ------
+    ArithmeticError, TypeError, ValueError
+        It is of another kind or shape.
+    """
+    told = {name: ledger[name] for name in OF_A_WORKER if name in ledger}
+    if "node" in told and (told["node"].dtype != np.uint8 or told["node"].ndim != 1):
+        raise ValueError(f"node is {told['node'].dtype} {told['node'].shape}")
+    if "checkpoint" in told:
+        told["checkpoint"] = np.array(int(told["checkpoint"].item()), np.int64)
+    if "frame_age" in told:
+        told["frame_age"] = np.array(float(told["frame_age"].item()), np.float64)
+    return told
 
 
 def node_of(ledger: Arrays) -> str:
@@ -95,6 +119,14 @@ def regions_of(arrays: Arrays) -> list[Region]:
     for name in names[:5]:
         if arrays[name].dtype.kind not in "biu":
             raise ValueError(f"{name} are {arrays[name].dtype}, which does not count")
+    n = len(arrays["rows"])
+    shapes = dict.fromkeys(names, (n,)) | {"rows": (n, 2), "node": (n, *(arrays["node"].shape[1:2] or (1,)))}
+    if wrong := [name for name, shape in shapes.items() if arrays[name].shape != shape]:
+        raise ValueError(f"{wrong[0]} of {n} regions are {arrays[wrong[0]].shape}")
+    if n > MOST_REGIONS or arrays["node"].size < n:
+        raise ValueError(f"{n} regions, nodes {arrays['node'].shape}")
+    if any(not 0 <= begin <= end <= MOST_ROWS for begin, end in arrays["rows"].tolist()):
+        raise ValueError("rows that no detector has")
     nodes = [node_of({"node": row}) for row in arrays["node"]]
     columns = zip(*(arrays[name].tolist() for name in names), nodes, strict=True)
     return [

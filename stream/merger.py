@@ -34,11 +34,13 @@ KEPT = 2
 POWERS = 8
 """... up to this many. A region whose sums take long to make has them at multiples of one of these only."""
 
-MOST_REGIONS = 4096
-"""That a run may say it has."""
-
 ENDED = 1024
 """Runs remembered after their end, so that what comes late of them begins none anew."""
+
+MOST_REGIONS = heartbeat.MOST_REGIONS
+
+_UNFIT = (CheckpointError, ArithmeticError, LookupError, TypeError, ValueError)
+"""What sums and ledgers from the wire raise that are none."""
 
 STREAM, STREAM_AND_FILE, FILE = range(3)
 """Ways that a run went, from the best to the worst."""
@@ -287,7 +289,8 @@ class Merger:
 
     def heartbeats(self) -> Iterator[Result]:
         """Yield of every run that is open how its regions are; see `stream.heartbeat`."""
-        return (_heartbeat(run, run.published[0]) for run in self._runs.values())
+        newest = {name: run for (name, _), run in self._runs.items()}  # a heartbeat says no more of its run
+        return (_heartbeat(run, run.published[0]) for run in newest.values())
 
     def given_up(self) -> Iterator[Output]:
         """Yield the ends of runs of which not all regions ended in time, or were not repaired in time."""
@@ -307,7 +310,10 @@ class Merger:
     def _add(self, region: _Region, result: Result) -> None:
         region.heard = time.monotonic()
         if result.operator == "ledger":
-            region.ledger = result.arrays
+            try:
+                region.ledger = {**_counts(result.arrays), **heartbeat.worker_of(result.arrays)}
+            except _UNFIT as error:
+                _log.warning("run %s: a ledger of region %d is no ledger: %s", result.run, result.region, error)
             return
         region.partials.setdefault(result.n_frames, {})[result.operator] = result.arrays
         if not result.final:
@@ -367,24 +373,39 @@ def _whole(start: RunStart, key: Key) -> RunStart:
 
 def _merged(run: _Run, regions: list[int], n_frames: int, *, final: bool) -> Iterator[Result]:
     """Yield the results of every operator, merged in the order of regions, and the ledger."""
-    name = run.name
-    restored: dict[int, Sequence[Operator]] = {}
-    for region in regions:
-        try:
-            restored[region] = _restored(run.best(region, n_frames), n_frames, run.make)
-        except (CheckpointError, KeyError, ValueError) as error:
-            _log.warning("run %s: region %d cannot be merged: %s", name, region, error)
-    if restored:
-        for first, *others in zip(*restored.values(), strict=True):
-            for other in others:
-                first.merge(other)
-            yield Result(run=name, operator=first.name, n_frames=n_frames, final=final, arrays=first.result())
-    ledger = _ledger(run, list(restored), n_frames, final=final)
+    name, regions = run.name, list(regions)
+    while (folded := _folded(run, regions, n_frames)) is None:
+        pass
+    for operator in folded:
+        yield Result(run=name, operator=operator.name, n_frames=n_frames, final=final, arrays=operator.result())
+    ledger = _ledger(run, regions, n_frames, final=final)
     if not final:
-        known = [region for region in run.regions.values() if "frame_age" in region.ledger]
+        known = [region for region in run.regions.values() if region.stop is None and "frame_age" in region.ledger]
         ages = [float(region.ledger["frame_age"]) + time.monotonic() - region.heard for region in known]
         ledger = {**ledger, "frame_age": np.array(np.fmax.reduce(ages, initial=np.nan))}
     yield Result(run=name, operator="ledger", n_frames=n_frames, final=final, arrays=ledger)
+
+
+def _folded(run: _Run, regions: list[int], n_frames: int) -> Sequence[Operator] | None:
+    """Return the operators of all regions as one; None if one does not fit: it is taken from the list."""
+    first: Sequence[Operator] = ()
+    for region in regions:
+        try:
+            operators = _restored(run.best(region, n_frames), n_frames, run.make)
+            for mine, theirs in zip(first, operators, strict=bool(first)):
+                mine.merge(theirs)
+        except _UNFIT as error:
+            _log.warning("run %s: region %d cannot be merged: %s", run.name, region, error)
+            regions.remove(region)
+            return None  # some of its operators may be merged already
+        first = first or operators
+    return first
+
+
+def _counts(ledger: Arrays) -> Arrays:
+    counts = Ledger()
+    counts.restore(ledger)
+    return counts.arrays()
 
 
 def _restored(region: _Region, n_frames: int, make: Callable[[RunStart], Sequence[Operator]]) -> Sequence[Operator]:
@@ -429,11 +450,12 @@ def _ledger(run: _Run, regions: list[int], n_frames: int, *, final: bool) -> Arr
 
 
 def _heartbeat(run: _Run, n_frames: int) -> Result:
-    arrays = heartbeat.table([_region(run, name) for name in range(run.wanted)])
+    ended = run.ended
+    arrays = heartbeat.table([_region(run, name, is_ended=name in ended) for name in range(run.wanted)])
     return Result(run=run.name, operator="regions", n_frames=n_frames, final=False, arrays=arrays)
 
 
-def _region(run: _Run, name: int) -> heartbeat.Region:
+def _region(run: _Run, name: int, *, is_ended: bool) -> heartbeat.Region:
     streamed, repair = run.regions.get(name), run.repairs.get(name)
     known = streamed or repair
     if known is None:
@@ -449,5 +471,5 @@ def _region(run: _Run, name: int) -> heartbeat.Region:
         checkpoint=int(told.get("checkpoint", -1)),
         node=heartbeat.node_of(told),
         age=time.monotonic() - known.heard,
-        ended=name in run.ended,
+        ended=is_ended,
     )

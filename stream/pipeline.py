@@ -297,6 +297,7 @@ class Pipeline:
             _log.warning("run %s cannot be processed: %s", start.run, error)
             self._refused, self._refused_run = error, start.run
             self._count_run()
+            bind(run=None)
             return
         # Kept with the run, so that a restart does not tell another time.
         announced = {"announced": datetime.now(UTC).isoformat()}

@@ -475,14 +475,14 @@ def backfill(
     if plane is not None and (publish or documents):
         raise typer.BadParameter("--publish and --documents go with --out; with --plane that is the merger's")
     operators = _section(delays_per_level, levels, two_time, two_time_normalisation)
-    make, roimap = _operators(qmap, operators, threads, None)
+    there = None if plane is None else _plane(plane, kafka_properties, secret_key, gateway_key, binds=False)
+    make, roimap = _operators(qmap, operators, threads, there)
     file = backfill_file.look(backfill_file.find(source, run), run)
 
     is_done = True
     with stopped_by_signals() as stop, ExitStack() as stack:
         compile_kernels(make, roimap, say)
-        if plane is not None:
-            there = _plane(plane, kafka_properties, secret_key, gateway_key, binds=False)
+        if there is not None:
             there.wait(stop)
             is_done = not stop.is_set() and repairing.backfill(
                 run,

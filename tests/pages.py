@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import yaml
@@ -136,9 +136,17 @@ class Page:
             try:
                 process.wait(DEADLINE if is_well else 5)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
                 assert not is_well, f"is not stopped by SIGTERM: {log.read_text(errors='replace')}"
+            finally:
+                self._kill(process)
+        else:
+            self._kill(process)
+
+    def _kill(self, process):
+        """End also what a shell that has ended left behind."""
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def marks(example):

@@ -52,7 +52,7 @@ def test_g2_of_a_run_engine_is_read_back_from_tiled_equal_to_the_result_file(tmp
     assert abs(rate - truth) < 4 * error < truth
     # BestEffortCallback has seen it come.
     assert said.count("generator xpcs_live") == 1
-    assert len(re.findall(r"(?m)^\| +\d+ \|", said)) >= 3
+    assert len(re.findall(r"(?m)^\| +\d+ \|", said)) >= 2
     for name in ("live.png", "g2.png"):
         assert (tmp_path / name).stat().st_size > 10_000
     assert not left_of(tmp_path)

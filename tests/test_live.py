@@ -25,7 +25,7 @@ from stream.live.hub import Hub
 from stream.live.picture import Bins, block_mean, block_of
 from stream.live.section import pack
 from stream.live.server import Server
-from stream.live.view import View, joined
+from stream.live.view import UNFIT, View, joined
 from stream.messages import Result, RunStart, RunStop
 from stream.operators.qmap import ring_map
 from stream.operators.roimap_file import write
@@ -223,6 +223,19 @@ def test_a_late_joiner_has_everything_at_once(page, run):
     assert {"scattering", "image"} <= {*sections, "scattering", "image"}
     assert (heads[0]["run"], heads[0]["sample"], heads[0]["state"]) == (run, "silica", "running")
     assert heads[0]["n_frames"] == 2000
+
+
+def test_a_late_joiner_is_shown_nothing_of_the_run_before(page, run):
+    with page.socket() as first:
+        page.publish(start(run), multitau(run))
+        hear(first, of("g2", n_frames=2000))
+        page.publish(start(f"{run}-next"))
+        hear(first, lambda head: head.get("run") == f"{run}-next")
+    with page.socket() as second:
+        page.publish(ledger(f"{run}-next", n_frames=10))
+        heads = []
+        hear(second, lambda head: heads.append(head) or (head["section"] == "run" and head["n_frames"] == 10))
+    assert {head["section"] for head in heads} <= {"run", "map", "history"}
 
 
 def test_rates_are_fitted_and_tell_the_diffusion(page, run):
@@ -627,3 +640,54 @@ def test_the_command_serves_what_is_published(tmp_path):
         server.terminate()
         assert server.wait(20) == 0
         assert f"live page at http://127.0.0.1:{port}/" in server.stderr.read()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        regions("run-1", region(0)).arrays | {"frames": np.zeros((1, 1), np.int64)},
+        {"node": np.frombuffer(b"x", np.uint8), "checkpoint": np.array(np.inf)},
+        {"received": np.array(np.inf)},
+    ],
+)
+def test_what_is_not_fit_is_refused_once_and_the_page_goes_on(wrong):
+    view = View(None, source="", publish=lambda *_: None)
+    view.take(start())
+    view.take(ledger(node=np.frombuffer(b"a", np.uint8)))
+    with pytest.raises(UNFIT):
+        view.take(
+            Result(
+                run="run-1",
+                operator="regions" if "rows" in wrong else "ledger",
+                n_frames=1,
+                final=False,
+                arrays=ledger().arrays | wrong,
+            )
+        )
+    view.tell()
+    assert view.regions() == []
+
+
+def test_a_server_whose_thread_failed_ends_with_that():
+    def fails():
+        yield start()
+        raise ZeroDivisionError("nobody thought of this")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening, pytest.raises(ZeroDivisionError):
+        Server(listening, fails(), roimap=None, source="", token=None, stop=threading.Event()).run()
+
+
+def test_what_comes_when_nobody_is_served_any_more_is_left_out():
+    async def opened():
+        hub = Hub(lambda _: None)
+        hub.open()
+        return hub
+
+    asyncio.run(opened()).publish("history", b"", None)
+
+
+def test_of_a_run_that_is_over_no_more_is_kept_than_a_line():
+    view = View(None, source="", publish=lambda *_: None)
+    for output in (start("r" * 9999, sample="s" * 9999), multitau("r" * 9999, final=True), stop("r" * 9999)):
+        view.take(output)
+    assert len(str(view.history.facts())) < 1000

@@ -1,11 +1,13 @@
 """Runs of the day that a page has from their result files."""
 
 import os
+import threading
 import time
 
+import h5py
 import numpy as np
 
-from stream.live.past import newest
+from stream.live.past import newest, read_back
 from stream.messages import FrameBatch
 from stream.operators.multitau import MultiTau
 from stream.operators.scattering import Scattering
@@ -63,3 +65,14 @@ def test_of_result_files_the_newest_are_read(tmp_path):
         os.utime(tmp_path / f"{i}.h5", (time.time() - i, time.time() - i))
     assert [path.name for path in newest(tmp_path)] == [f"{i}.h5" for i in range(50)]
     assert newest(tmp_path / "none") == []
+
+
+def test_a_date_that_is_none_hides_no_other_run(tmp_path):
+    for seed in range(2):
+        result_file(tmp_path, f"scan-{seed}", seed=seed)
+    with h5py.File(tmp_path / "result-scan-1.h5", "r+") as file:
+        del file["xpcs/date"]
+        file["xpcs/date"] = "0001-01-01T00:00:00+14:00"
+    told = []
+    read_back(tmp_path, lambda facts, _: told.append(facts["run"]), threading.Event())
+    assert told == ["scan-0"]

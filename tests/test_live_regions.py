@@ -159,6 +159,23 @@ def test_names_longer_than_there_is_room_for_are_cut():
     assert heartbeat.node_of({"node": np.full(10**6, 65, np.uint8)}) == "A" * 64
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"frames": np.zeros((1, 1), np.int64)},
+        {"lag": np.zeros(2)},
+        {"rows": np.array([[-1, 8]])},
+        {"rows": np.array([[8, 2**40]])},
+        {"node": np.zeros((1, 0), np.uint8)},
+        {"node": np.zeros(1, np.uint8)},
+        {name: np.repeat(array, 4097, axis=0) for name, array in table([Region()]).items()},
+    ],
+)
+def test_what_is_no_table_of_regions_is_refused(damage):
+    with pytest.raises(ValueError, match=r"regions|rows"):
+        regions_of({**table([Region()]), **damage})
+
+
 def test_regions_are_told_with_who_has_them_and_those_that_are_silent_or_missing(page, run):
     known = [region(0), region(1, frames=1500, age=7.0), region(2, age=9.0, checkpoint=1200), Region()]
     with page.socket() as socket:

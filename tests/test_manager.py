@@ -163,7 +163,8 @@ def test_whoever_dials_a_pilot_that_is_lost_is_replaced_and_at_the_end_nothing_i
     bridge.until(lambda: not list(jobs.glob(f"{lost['lease']}.address*")))
     bridge.down()
     assert list(jobs.glob("*.address*")) == []
-    assert processes(f"--lease {left['lease']}") == []
+    # On a busy machine this one may have been taken for lost, too: then nobody waits for its end.
+    bridge.until(lambda: not processes(f"--lease {left['lease']}"))
 
 
 @pytest.mark.parametrize(

@@ -309,3 +309,64 @@ def test_a_region_correlated_otherwise_or_damaged_is_left_out_and_named(damage, 
     assert np.isfinite(results["run-1", "multitau"]["g2"]).any()
     assert "region 1 cannot be merged" in caplog.text
     assert sink.outputs[-1].exit_status == "fail"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"lag": np.zeros(2)},
+        {"lost": np.array(np.inf)},
+        {"checkpoint": np.array(np.inf)},
+        {"frame_age": np.zeros(2)},
+        {"node": np.zeros((3, 3), np.uint8)},
+    ],
+)
+def test_what_is_no_ledger_is_named_and_left_out(damage, caplog):
+    streams = all_partials(run_of())
+    for i, message in enumerate(streams[1]):
+        if isinstance(message, Result) and message.operator == "ledger":
+            streams[1][i] = replace(message, arrays={**message.arrays, **damage})
+    merger = Merger(operators, patience=1e9)
+    for message in (each for stream in streams for each in stream if not isinstance(each, RunStop)):
+        list(merger.take(message))
+    assert [each.operator for each in merger.interim()][-1] == "ledger"
+    [heartbeat] = merger.heartbeats()
+    assert np.isnan(heartbeat.arrays["lag"]).tolist() == [False, True, False, False]
+    assert "a ledger of region 1 is no ledger" in caplog.text
+
+
+def test_a_region_whose_last_operator_does_not_merge_leaves_no_trace(monkeypatch):
+    streams = all_partials(run_of())
+    merge_as_ever = Intensity.merge
+
+    def refuse(self, other):
+        if other._start.region == 2:
+            raise OverflowError("too bright")
+        merge_as_ever(self, other)
+
+    monkeypatch.setattr(Intensity, "merge", refuse)
+    sink = merged(interleaved(streams, 0))
+    results = sink.results(final=True)
+    assert results["run-1", "ledger"]["missing_regions"].tolist() == [2]
+    assert np.isnan(results["run-1", "scattering"]["image"][4:6]).all()
+
+
+def test_of_runs_of_one_name_the_newest_has_a_heartbeat():
+    merger = Merger(operators, patience=1e9)
+    for when in ("2026-11-22T00:00:00+00:00", "2026-11-22T01:00:00+00:00"):
+        start = next(Regions(REGIONS).cut(replace(run_of()[0], metadata={"start_time": when})))
+        list(merger.take(start))
+    assert len(merger.open_runs) == 2
+    assert len(list(merger.heartbeats())) == 1
+
+
+def test_the_age_of_frames_is_that_of_regions_that_have_not_ended():
+    streams = all_partials(run_of())
+    merger = Merger(operators, patience=1e9)
+    for message in (*streams[0], *(each for stream in streams[1:] for each in stream[:-1])):
+        if isinstance(message, Result) and message.operator == "ledger":
+            age = 1e6 if message.region == 0 else 1.0
+            message = replace(message, arrays={**message.arrays, "frame_age": np.array(age)})
+        list(merger.take(message))
+    [*_, ledger] = merger.interim()
+    assert 1 <= ledger.arrays["frame_age"] < 1e6

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from stream import checkpoint, pipeline, wire
+from stream import checkpoint, logs, pipeline, wire
 from stream import ledger as ledger_module
 from stream.errors import CheckpointError, DecodeError, RoiMapError, SinkError, SourceError
 from stream.ledger import Ledger
@@ -140,6 +140,7 @@ def test_a_refused_run_is_an_error_once_all_wanted_runs_are_done():
 
     with pytest.raises(RoiMapError, match="does not fit"):
         Pipeline(ListSource(RUN), never, [], runs=1).run()
+    assert "run" not in logs._known.get()  # what is logged from now on is not of that run
 
 
 def test_after_the_wanted_number_of_runs_it_returns():

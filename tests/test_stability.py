@@ -1,6 +1,7 @@
 """g2 of successive parts of a run, and that it is exact however the frames came."""
 
 from itertools import pairwise
+from threading import Event, Timer
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 
 from stream.errors import CheckpointError
 from stream.messages import FrameBatch
-from stream.operators import stability
 from stream.operators.multitau import MultiTau
+from stream.operators.roimap import RoiMap
+from stream.operators.stability import affordable
 from tests.conftest import events_of, make_roimap, make_start
 from tests.conftest import push as push_frames
 from tests.reference import multitau_segments
@@ -60,15 +62,14 @@ def test_segments_agree_with_the_definition(n, options):
     assert_agrees(push_frames(MultiTau(start_of(), ROIMAP, **given), frames, batch=333).result(), frames, **options)
 
 
-@pytest.mark.parametrize("error", ["static", "pixel"])
-def test_segments_agree_with_the_definition_where_frames_are_lost_and_pixels_leave(error):
+def test_segments_agree_with_the_definition_where_frames_are_lost_and_pixels_leave():
     frames = ageing(1500)
     frames[700, 1, 2] = frames[256, 0, :4] = frames[255, 2, 3] = 61
     rng = np.random.default_rng(1)
     came = rng.random(1500) < 0.95
     came[300:620] = False  # ends of segments are in it
     came[700] = came[256] = came[255] = True
-    operator = push_frames(MultiTau(start_of(), ROIMAP, error=error), frames, came=came)
+    operator = push_frames(MultiTau(start_of(), ROIMAP), frames, came=came)
     operator.miss(1500)
     assert_agrees(operator.result(), frames, came=came)
 
@@ -219,17 +220,63 @@ def test_regions_that_lost_different_frames_tell_the_pairs_of_the_poorer_one():
     np.testing.assert_array_equal(operators[0].result()["n_pairs_segments"], np.minimum(*alone))
 
 
-def test_partial_sums_have_fewer_segments_where_they_are_large(monkeypatch):
-    spans = [(0, 2000)]
-    whole = push(MultiTau(start_of(), ROIMAP), spans)
-    one_segment = 32 * 6 * len(whole.result()["delay"])
-    monkeypatch.setattr(stability, "PARTIAL_BYTES", 4 * one_segment)
-    merged = MultiTau(start_of(), ROIMAP)
-    partial = whole.partial()
-    assert partial["segment_sums"].nbytes <= 4 * one_segment
-    merged.restore(partial)
-    assert_agrees(merged.result(), FRAMES[:2000], segments=4)
-    assert len(whole.result()["segment_start"]) == 8
+@pytest.mark.parametrize(("per_bin", "segments"), [(2, 4), (1, 2)])
+def test_regions_of_many_static_bins_have_the_segments_of_the_whole(per_bin, segments):
+    shape, n = (30, 50), 900
+    static = (np.arange(1500, dtype=np.int32) // per_bin + 1).reshape(shape)
+    roimap = RoiMap(static_roi_map=static, dynamic_roi_map=np.where(static % 2, 1, 2).astype(np.int32))
+    frames = ageing(n, shape=shape)
+    whole = push_frames(MultiTau(start_of(shape), roimap), frames)
+    regions = []
+    for rows, stop in ((slice(0, 10), n), (slice(10, 30), 600)):
+        start = start_of((rows.stop - rows.start, 50), origin=(rows.start, 0), detector_shape=shape)
+        first, second, sent = (MultiTau(start, roimap) for _ in range(3))
+        second.restore(push_frames(first, frames[:stop, rows]).snapshot())
+        if stop < n:
+            second.push(FrameBatch(run="run-1", first=stop, frames=frames[stop:, rows].copy(), timestamp_ns=0))
+        sent.restore(second.partial())
+        regions.append(sent)
+    regions[0].merge(regions[1])
+    assert_same(regions[0].result(), whole.result())
+    assert len(whole.result()["segment_start"]) == segments
+
+
+@pytest.mark.parametrize(("n_static", "segments"), [(1, 8), (421, 8), (422, 7), (1686, 2), (1687, 0), (100_000, 0)])
+def test_segments_are_as_many_as_a_record_has_room_for(n_static, segments):
+    assert affordable(8, 4 * 17, n_static) == segments
+
+
+def test_with_errors_of_pixels_there_are_no_segments():
+    result = push_frames(MultiTau(start_of(), ROIMAP, error="pixel"), ageing(600)).result()
+    assert result["segment_start"].shape == (0,)
+
+
+def test_an_end_of_a_segment_takes_only_the_delays_that_there_are(monkeypatch):
+    """All of them, most of which are empty, took several times as long as the frames."""
+    operator, told = MultiTau(start_of(), ROIMAP), []
+    monkeypatch.setattr(operator, "_totals", lambda *given: told.append(given) or MultiTau._totals(operator, *given))
+    push_frames(operator, ageing(256))
+    assert told == [(27,)]
+
+
+def test_a_snapshot_is_of_before_the_merge():
+    regions = [
+        push(MultiTau(start_of((1, 10), origin=(row, 0), detector_shape=SHAPE), ROIMAP), [(0, 600)], rows=[row])
+        for row in (0, 1)
+    ]
+    expected = dict(regions[0].snapshot())
+    go_on = Event()
+    regions[0]._copier.submit(go_on.wait, 30)  # the copy comes late
+    late = regions[0].snapshot()
+    Timer(0.1, go_on.set).start()
+    regions[0].merge(regions[1])
+    assert_same(dict(late), expected)
+
+
+def test_segments_of_other_frames_are_not_merged():
+    one, two = (push(MultiTau(start_of(), ROIMAP), [(0, n)]) for n in (600, 900))
+    with pytest.raises(ValueError, match="cannot be merged"):
+        one._stability.merged(two._stability, one._so_far(600), two._so_far(900))
 
 
 @pytest.mark.parametrize(
@@ -237,6 +284,13 @@ def test_partial_sums_have_fewer_segments_where_they_are_large(monkeypatch):
     [
         {"segment_length": np.array(0)},
         {"segment_length": np.array([256])},
+        {"segment_length": np.array(512)},
+        {"segment_length": np.array(np.inf)},
+        {"segment_length": np.array(256.0)},
+        {"segment_pairs": np.zeros((2, 27))},
+        {"segment_sums": np.zeros((1, 2, 4, 27, 6))},
+        {"segment_pairs": np.zeros((1, 27), np.int64), "segment_sums": np.zeros((1, 1, 4, 27, 6), np.int64)},
+        {"segment_pairs": np.zeros((2, 99), np.int64), "segment_sums": np.zeros((1, 2, 4, 99, 6), np.int64)},
         {"segment_length": np.array(300)},
         {"segment_pairs": np.zeros((9, 1), np.int64)},
         {"segment_sums": np.zeros((1, 2, 4, 30, 7), np.int64)},

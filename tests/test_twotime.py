@@ -255,9 +255,24 @@ def test_a_state_made_with_other_parameters_is_refused(roimap):
 def test_sums_of_more_times_than_are_kept_are_refused_before_there_is_room_made_for_them(roimap):
     operator = TwoTime(make_start(), roimap, frames=8)
     operator.push(FrameBatch(run="run-1", first=0, frames=np.ones((3, 6, 50), "<u2"), timestamp_ns=0))
-    state = {**operator.partial(), "weights_0": np.ones(10**6, int)}
-    with pytest.raises(CheckpointError, match="twotime: 1000000 times of level 0, 8 are kept"):
-        operator.restore(state)
+    good = operator.partial()
+    for name, array in (("weights_0", np.ones(10**6, int)), ("G2_0", good["G2_0"][:, :1]), ("pixels", np.ones(2))):
+        with pytest.raises(CheckpointError, match=f"twotime: {name} is not the sums"):
+            operator.restore({**good, name: array})
+    with pytest.raises(CheckpointError, match="twotime: "):
+        operator.restore({**operator.snapshot(), "alive": np.ones((2, 2), np.uint8)})
+
+
+def test_of_regions_that_are_merged_the_sums_of_one_are_kept(roimap):
+    first, second = (TwoTime(make_start(), roimap, frames=8) for _ in range(2))
+    push(second, np.ones((3, 6, 50), "<u2"))
+    partial = second.partial()
+    for _ in range(2):
+        for each in (first, second):
+            each.restore(partial)
+        first.merge(second)
+        assert len(first._merged) == 1
+        assert second._merged == []
 
 
 def test_frames_that_come_twice_are_refused(roimap):
@@ -294,11 +309,15 @@ def test_regions_of_workers_of_which_one_is_killed_merge_into_the_result_of_one_
     assert_identical(result, of_one_process)
 
 
-@pytest.mark.parametrize("command", ["worker", "merge"])
+@pytest.mark.parametrize("command", ["worker", "merge", "backfill"])
 @pytest.mark.parametrize(("address", "fits"), [("zmq://127.0.0.1:9/id", 834), ("kafka://127.0.0.1:9/id", 416)])
 def test_sums_too_large_for_the_plane_are_refused_at_once_with_what_would_fit(command, address, fits, qmap, tmp_path):
-    of_worker = ("--checkpoints", tmp_path) if command == "worker" else ()
-    arguments = (command, "--source", address, "--qmap", qmap, *of_worker)
+    of_command = {
+        "worker": ("--source", address, "--checkpoints", tmp_path),
+        "merge": ("--source", address),
+        "backfill": ("scan-7", "--source", tmp_path, "--plane", address),
+    }
+    arguments = (command, *of_command[command], "--qmap", qmap)
     said = xpcs_stream(*arguments, "--two-time", 1000)
     assert said.exit_code == 1
     assert "sums of 1000 frames and 3 dynamic bins may be 96.4 MB, more than the" in said.output

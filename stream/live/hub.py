@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -49,11 +50,15 @@ class Hub:
         if self._loop is None:
             self._take(name, packed, frame_end)
         else:
-            self._loop.call_soon_threadsafe(self._take, name, packed, frame_end)
+            with suppress(RuntimeError):  # it is closed: nobody is served any more
+                self._loop.call_soon_threadsafe(self._take, name, packed, frame_end)
 
     def _take(self, name: str, packed: bytes, frame_end: float | None) -> None:
         self._version += 1
-        self._newest[name] = Section(name, self._version, packed, frame_end)
+        if packed:
+            self._newest[name] = Section(name, self._version, packed, frame_end)
+        else:
+            self._newest.pop(name, None)
         self._wake()
 
     def _wake(self) -> None:

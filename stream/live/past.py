@@ -13,7 +13,7 @@ from typing import Any
 from stream.errors import XpcsStreamError
 from stream.live.dynamics import Dynamics
 from stream.live.section import floats, pack
-from stream.live.view import STATES
+from stream.live.view import MOST_TEXT, STATES
 from stream.result import Curves, brief
 
 _log = logging.getLogger(__name__)
@@ -41,14 +41,14 @@ def read_back(where: Path, remember: Remember, stop: threading.Event) -> None:
             ended = _ended(path, curves)
             law = Dynamics(curves.q).of({"tau": curves.tau, "g2": curves.g2, "g2_err": curves.g2_err})[0]["single"]
         # h5py raises all of these of damaged files.
-        except (XpcsStreamError, OSError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        except (XpcsStreamError, OSError, ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
             named = error if isinstance(error, XpcsStreamError) else f"{path}: {error!r}"
             _log.warning("an earlier run is not shown: %s", named)
             continue
         facts = {
-            "run": curves.run,
-            "start_time": str(curves.facts.get("start", "")),
-            "sample": str(curves.facts.get("sample", "")),
+            "run": curves.run[:MOST_TEXT],
+            "start_time": str(curves.facts.get("start", ""))[:MOST_TEXT],
+            "sample": str(curves.facts.get("sample", ""))[:MOST_TEXT],
             "state": STATES.get(str(curves.facts.get("exit status")), "complete"),
             "n_frames": curves.facts.get("frames", 0),
             "ended": ended,

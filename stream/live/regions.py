@@ -47,7 +47,7 @@ class Regions:
 
         The ``state`` is "missing" (from the result, or never heard of), "ended", "silent" or "well".
         """
-        since = time.monotonic() - self.heard
+        missing, since = set(missing), time.monotonic() - self.heard
         newest = max((region.frames for region in self.known), default=0)
         return [
             {

@@ -5,7 +5,7 @@ import logging
 import resource
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from stream.errors import SourceError
 from stream.live.calculation import Calculation
 from stream.live.hub import Hub
 from stream.live.metrics import Metrics
@@ -94,7 +93,7 @@ class Server:
         self._hub = Hub(self._metrics.served)
         self._view = View(roimap, source=source, publish=self._hub.publish)
         self._calculation = Calculation(self._view)
-        self._failed: SourceError | None = None
+        self._failed: Exception | None = None
         local = listening.getsockname()[0] in ("127.0.0.1", "::1")
         config = uvicorn.Config(
             application(self._view, self._hub, self._metrics, token=token, local=local),
@@ -132,8 +131,8 @@ class Server:
     async def _run(self) -> None:
         self._hub.open()
         threads = [
-            threading.Thread(target=self._hear, name="results"),
-            threading.Thread(target=self._calculation.run, name="fits"),
+            threading.Thread(target=self._or_end, args=(self._hear,), name="results"),
+            threading.Thread(target=self._or_end, args=(self._calculation.run,), name="fits"),
         ]
         for thread in threads:
             thread.start()
@@ -151,12 +150,16 @@ class Server:
 
     def _hear(self) -> None:
         """Take results, faster than they come: what takes its time is done elsewhere."""
+        for message in self._results:
+            if self._stop.is_set():
+                return
+            self._take(message)
+
+    def _or_end(self, work: Callable[[], None]) -> None:
+        """Run what the page is nothing without: if it fails, whatever the reason, so do we."""
         try:
-            for message in self._results:
-                if self._stop.is_set():
-                    return
-                self._take(message)
-        except SourceError as error:
+            work()
+        except Exception as error:  # noqa: BLE001
             self._failed = error
             self._stop.set()
 

@@ -54,11 +54,16 @@ def two_time(arrays: Arrays, frame_time: float) -> tuple[dict[str, Any], dict[st
     """
     c2, bins = arrays["c2"], arrays["bins"]
     n_level, n_bin, n_time, _ = c2.shape
+    for name in ("n_times", "avg_frame", "first"):
+        if arrays[name].dtype.kind not in "iu":
+            raise ValueError(f"{name} are {arrays[name].dtype}, which does not count")
     n_times = [int(n) for n in arrays["n_times"]]
     if c2.shape[3] != n_time or bins.shape != (n_bin,) or len(n_times) != n_level or max(n_times, default=0) > n_time:
         raise ValueError(f"c2 is {c2.shape}, of {bins.shape} bins and {n_times} times")
     if not n_level or not n_bin or n_times[-1] < 2:
         return None
+    if n_times[0] < 2:
+        raise ValueError(f"{n_times[0]} of the newest times")
     levels = sorted({n_level - 1, 0}, reverse=True)  # the whole run, and its end
     windows: list[dict[str, Any]] = []
     found: dict[str, NDArray[Any]] = {}

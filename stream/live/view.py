@@ -2,6 +2,7 @@
 
 import math
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -50,11 +51,20 @@ TWO_TIME_SHARE = 0.25
 SEGMENTS_BYTES_PER_S = 1e5
 """The same, of g2 of segments: of few bins they come with every result."""
 
-UNFIT = (KeyError, IndexError, TypeError, ValueError)
+MOST_TEXT = 200
+"""Characters of what is told of a run that is over: there are many of them."""
+
+UNFIT = (ArithmeticError, LookupError, TypeError, ValueError)
 """Raised by arrays that are not what they should be."""
 
 Publish = Callable[[str, bytes, float | None], None]
-"""Takes the name of a section, its bytes, and when the newest frame in it ended (`time.monotonic`), if it is known."""
+"""Takes the name of a section, its bytes, and when the newest frame in it ended (`time.monotonic`), if it is known.
+
+No bytes: there is none any more.
+"""
+
+OF_A_RUN = ("g2", "fit", "segments", "scattering", "intensity", "image", "twotime", "regions")
+"""Sections that say nothing of the next run."""
 
 
 class View:
@@ -72,6 +82,7 @@ class View:
 
     def __init__(self, roimap: RoiMap | None, *, source: str, publish: Publish) -> None:
         self.history = History()
+        self._telling = threading.Lock()
         self._bins = Bins.of(roimap) if roimap is not None else None
         self._source = source
         self._publish = publish
@@ -103,7 +114,7 @@ class View:
 
         Raises
         ------
-        KeyError, IndexError, TypeError, ValueError
+        ArithmeticError, LookupError, TypeError, ValueError
             (`UNFIT`) A result is not what its operator makes. It is not shown.
         """
         match message:
@@ -248,17 +259,20 @@ class View:
         self._n_frames = 0
         self._final = set()
         self._ledger, self._drift, self._g2 = {}, {}, b""
-        self._segments_due = 0.0
+        self._segments_due = self._two_time_due = 0.0
         self._regions, self._told_frames = None, 0
         self._rate_from, self._frames_per_s = None, math.nan
+        for name in OF_A_RUN if self._key > 1 else ():
+            self._publish(name, b"", None)
 
     def _end(self) -> None:
         if self._start is None or self._stop is None or not self._g2:
             return
+        began = self._start.metadata.get("start_time") or self._start.metadata.get("announced") or ""
         facts = {
-            "run": self._start.run,
-            "start_time": str(self._start.metadata.get("start_time") or self._start.metadata.get("announced") or ""),
-            "sample": str(self._start.metadata.get("sample", "")),
+            "run": self._start.run[:MOST_TEXT],
+            "start_time": str(began)[:MOST_TEXT],
+            "sample": str(self._start.metadata.get("sample", ""))[:MOST_TEXT],
             "state": self._state,
             "n_frames": self._stop.n_frames,
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -272,7 +286,8 @@ class View:
         self._tell_history()
 
     def _tell_history(self) -> None:
-        self._publish("history", pack("history", {"runs": self.history.facts()}, {}), None)
+        with self._telling:  # of several threads: the newest last
+            self._publish("history", pack("history", {"runs": self.history.facts()}, {}), None)
 
     def _show(self, result: Result) -> None:
         if result.operator in self._final and not result.final:
@@ -292,7 +307,9 @@ class View:
             case "ledger":
                 self._take_ledger(result)
             case "regions":
-                self._regions = Regions.of(result.arrays)
+                regions = Regions.of(result.arrays)
+                regions.section([], is_on=True)  # told as soon as it is known, again and again: it must be fit
+                self._regions = regions
                 self.tell()
 
     def _show_curves(self, head: dict[str, Any], curves: Arrays) -> None:
@@ -344,10 +361,11 @@ class View:
         before, self._ledger = self._ledger, result.arrays
         try:
             self.state()
+            regions = Regions.of_one(result.arrays)
         except UNFIT:
             self._ledger = before
             raise
-        self._regions = Regions.of_one(result.arrays) or self._regions
+        self._regions = regions or self._regions
         now = (time.monotonic(), int(result.arrays["received"]))
         if self._rate_from is None:
             self._rate_from = now

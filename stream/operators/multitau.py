@@ -28,7 +28,7 @@ from stream.operators.kernels import wide
 from stream.operators.kernels.layout import BLOCK, CHUNK, LANES, TILE, Block, History, Sums, aligned, slots
 from stream.operators.kernels.space import State, work_space
 from stream.operators.roimap import RoiMap
-from stream.operators.stability import Stability, Totals
+from stream.operators.stability import Stability, Totals, affordable
 from stream.operators.state import Copying, check_identity, identity, static_bins
 from stream.operators.tiles import Threads, Tiles
 
@@ -63,10 +63,11 @@ class MultiTau:
     error
         What g2_err is: "static" = spread of g2 over the static bins of a dynamic bin over the square root of their
         number (NaN with fewer than two); "pixel" = the same over its pixels, as the APS does, at the cost of
-        accumulators per pixel: 64 bytes per pixel and delay. That of segments is always "static".
+        accumulators per pixel: 64 bytes per pixel and delay.
     segments
-        Successive parts of the run, at most, of which g2 is told too (`stream.operators.stability`); 0: of none. They
-        take 64 bytes per static bin and delay each.
+        Successive parts of the run, at most, of which g2 is told too (`stream.operators.stability`); 0 or 1: of none.
+        They take 64 bytes per static bin and delay each. Fewer if the map has more than some 400 static bins, none from
+        some 1700 on (of 4 * 17 delays), and none with error "pixel": to add up the pixels at their ends takes long.
     threads
         Kernel threads; None = all cores this process may use. The result does not depend on it.
 
@@ -107,7 +108,8 @@ class MultiTau:
         self._levels = levels
         self._error = error
         self._segments = segments
-        self._stability = Stability(segments, roimap.n_static)
+        capacity = 0 if error == "pixel" else affordable(segments, (levels + 1) * self._d, roimap.n_static)
+        self._stability = Stability(capacity, roimap.n_static)
         self._threads = Threads(threads)
         self._merged = False
 
@@ -308,16 +310,17 @@ class MultiTau:
             kernel.outer(_by_delay(pairs, self._d), gone, self._N_left)
             begin = t
 
-    def _n_pairs(self) -> wide.Wide:
-        """Return the pairs of every delay, times the pixels that had them."""
-        here = np.zeros_like(self._N_left)
-        kernel.outer(_by_delay(self._pairs, self._d), self._alive, here)
-        return wide.total(np.stack([self._N_left, here], axis=1), 1)
+    def _n_pairs(self, n_delay: int | None) -> wide.Wide:
+        """Return the pairs of the first delays, times the pixels that had them."""
+        left = self._N_left[:, :n_delay]
+        here = np.zeros_like(left)
+        kernel.outer(_by_delay(self._pairs, self._d)[:n_delay], self._alive, here)
+        return wide.total(np.stack([left, here], axis=1), 1)
 
     def _so_far(self, n_frames: int) -> Totals:
         """Return the sums of the static bins at the delays that n_frames have."""
         n_delay = len(delays(n_frames, self._d, self._levels)[0])
-        sums = [each[:, :n_delay] for each in self._totals()]
+        sums = self._totals(n_delay)
         if self._error == "pixel":
             sums = [_pool(each, self._static_of_bin, self._roimap.n_static) for each in sums]
         return Totals(n_frames, np.stack(sums, axis=1), _by_delay(self._pairs, self._d)[:n_delay])
@@ -366,7 +369,7 @@ class MultiTau:
     def _error_per_pixel(self, n_delay: int) -> NDArray[np.float64]:
         # In the order of pixels on the detector, so that merged regions round like the whole.
         order = np.argsort(self._pixel_of_bin)
-        G2, IP, IF, N = (wide.to_float(each[:, :n_delay, order]) for each in self._totals())
+        G2, IP, IF, N = (wide.to_float(each[:, :, order]) for each in self._totals(n_delay))
         group = self._roimap.dynamic_of_static[self._static_of_bin[order]]
         return mean_and_error(ratio(G2 * N, IP * IF), group, self._roimap.n_dynamic)[1]
 
@@ -380,6 +383,7 @@ class MultiTau:
         n_frames = max(self.n_frames, other.n_frames)
         if any(each._merged and each.n_frames < n_frames for each in (self, other)):
             raise ValueError(f"multitau: what is merged ends before {n_frames}: merge the longest region first")
+        self._let_copy()
         for each in (self, other):
             each.miss(n_frames)
             each._fold()
@@ -397,9 +401,9 @@ class MultiTau:
         self._alive = np.zeros(len(self._static_of_bin), np.int64)
         self._merged = True
 
-    def _totals(self) -> list[wide.Wide]:
-        """Return G2, IP, IF and N, (2, n_delay, n_bin) each, of all threads."""
-        slot = _slots(self._d, self._levels)
+    def _totals(self, n_delay: int | None = None) -> list[wide.Wide]:
+        """Return G2, IP, IF and N, (2, n_delay, n_bin) each, of all threads; None: at all delays."""
+        slot = _slots(self._d, self._levels)[:n_delay]
         totals = []
         for name in range(3):
             at = slot + name * CHUNK
@@ -408,7 +412,7 @@ class MultiTau:
                 narrow = sums.narrow.reshape(-1, sums.wide.shape[2])[:, at]
                 parts += [sums.wide[:, :, at], np.stack([narrow >> wide.BITS, narrow & wide.MASK])]
             totals.append(wide.total(np.stack(parts, axis=1), 1).swapaxes(1, 2))
-        return [*totals, self._n_pairs()]
+        return [*totals, self._n_pairs(n_delay)]
 
     def _take(self, totals: list[wide.Wide]) -> None:
         """Put such totals in the place of what there is."""
@@ -490,7 +494,8 @@ class MultiTau:
         kernel.outer(_by_delay(self._pairs, self._d), self._alive, here)
         totals[3] = wide.difference(totals[3], here)
         self._take(totals)
-        self._stability = self._stability.restored(state)
+        n_delay = len(delays(self.n_frames, self._d, self._levels)[0])
+        self._stability = self._stability.restored(state, self.n_frames, n_delay)
 
     def _identity(self) -> Arrays:
         parameters = self._d, self._levels, self._error == "pixel", self._segments, LAYOUT

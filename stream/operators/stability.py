@@ -7,7 +7,8 @@ pair reaches back further than that.
 
 Segments are of equal length, a power of two and at least `SHORTEST` frames, from frame 0 on; the last has what there is
 of it. When there would be more than `capacity` of them, neighbours are added up. What is in them depends on the frames
-alone, not on how they were pushed.
+alone, not on how they were pushed. How many there are depends on the map of the whole detector and on the options, so
+that regions, and what goes on after a stop, agree (`affordable`).
 """
 
 from copy import copy
@@ -25,8 +26,8 @@ from stream.operators.kernels.layout import BLOCK
 SHORTEST = BLOCK
 """Frames of a segment at least: frames are folded in up to its end, and fewer at a time are slow."""
 
-PARTIAL_BYTES = 2**22
-"""Of segments in partial sums: a merger keeps many of these, and records of a plane have room for 2**24 bytes."""
+PARTIAL_BYTES = 7 * 2**20
+"""Of segments in partial sums: records of a plane have room for 2**24 bytes, for these and the sums themselves."""
 
 NEVER = 2**62
 
@@ -41,13 +42,19 @@ class Totals(NamedTuple):
     """(n_delay,) Sums of products of the numbers of frames that came."""
 
 
+def affordable(segments: int, n_delay: int, n_static: int) -> int:
+    """Return how many of so many segments `PARTIAL_BYTES` have room for; 0 if not even for two."""
+    capacity = min(segments, PARTIAL_BYTES // (32 * n_delay * n_static))
+    return capacity if capacity > 1 else 0
+
+
 class Stability:
     """What the segments of a run add to the sums of its static bins.
 
     Parameters
     ----------
     capacity
-        Segments at most; 0: none are told apart.
+        Segments at most (`affordable`); 0: none are told apart.
     n_static
         Static bins.
     """
@@ -65,16 +72,14 @@ class Stability:
         """Return the first end of a segment after n_frames."""
         if not self._capacity:
             return NEVER
-        length = self.length
-        while n_frames >= self._capacity * length:
-            length *= 2
+        length = self._length_at(n_frames + 1)
         return (n_frames // length + 1) * length
 
     def reach(self, n_frames: int) -> bool:
         """Make room for n_frames, no more than `end_after` said; return whether a segment ends there."""
         if not self._capacity:
             return False
-        while n_frames > self._capacity * self.length:
+        while self.length < self._length_at(n_frames):
             self._double()
         return n_frames % self.length == 0
 
@@ -94,7 +99,7 @@ class Stability:
         n_dynamic: int,
     ) -> Arrays:
         """Return g2 of the segments: see `stream.operators.multitau.MultiTau.result`."""
-        every = self._with_last(totals, self.length)
+        every = self._with_last(totals)
         n = len(every._pairs)
         within = min(int((delay < self.length).sum()), every._pairs.shape[1])
         G2, IP, IF, N = np.moveaxis(wide.to_float(every._sums[:, :, :, :within]), 1, 0)
@@ -115,9 +120,19 @@ class Stability:
         }
 
     def merged(self, other: Self, mine: Totals, theirs: Totals) -> Self:
-        """Return the segments of both, which are of the same frames and other pixels."""
-        length = max(self.length, other.length)
-        one, two = (each._with_last(totals, length) for each, totals in ((self, mine), (other, theirs)))
+        """Return the segments of both, which are of the same frames and other pixels.
+
+        Raises
+        ------
+        ValueError
+            They are of other frames.
+        """
+        one, two = self._with_last(mine), other._with_last(theirs)
+        if (one.length, len(one._pairs)) != (two.length, len(two._pairs)):
+            raise ValueError(
+                f"multitau: {len(one._pairs)} segments of {one.length} frames and {len(two._pairs)} of {two.length} "
+                "cannot be merged"
+            )
         n_delay = min(one._pairs.shape[1], two._pairs.shape[1])
         both = [each._sums[:, :, :, :n_delay] for each in (one, two)]
         one._sums = wide.total(np.stack(both, axis=1), 1)
@@ -135,20 +150,17 @@ class Stability:
         }
 
     def partial(self, delay: NDArray[np.int64]) -> Arrays:
-        """Return what `merged` needs: fewer and longer segments where there is much of them."""
-        coarse = copy(self)
-        while coarse._sums.nbytes // 2 > PARTIAL_BYTES:
-            coarse._double()
-        within = int((delay < coarse.length).sum())
-        told = coarse.state(len(delay))
+        """Return what `merged` needs, the delays of `result`: nothing will be added up into longer segments."""
+        within = int((delay < self.length).sum())
+        told = self.state(len(delay))
         return {
             **told,
             "segment_pairs": told["segment_pairs"][:, :within],
             "segment_sums": told["segment_sums"][:, :, :, :within],
         }
 
-    def restored(self, state: Arrays) -> Self:
-        """Return the segments of a `state` or a `partial`.
+    def restored(self, state: Arrays, n_frames: int, n_delay: int) -> Self:
+        """Return the segments of a `state` or a `partial` of n_frames, which have n_delay delays.
 
         Raises
         ------
@@ -158,16 +170,30 @@ class Stability:
         length, pairs, sums = (state[f"segment_{name}"] for name in ("length", "pairs", "sums"))
         n_limb = len(sums) if sums.ndim == 5 else 0
         fits = pairs.ndim == 2 and sums.shape == (n_limb, len(pairs), 4, *pairs.shape[1:], self._sums.shape[-1])
-        is_power = length.shape == () and int(length) in {1 << power for power in range(60)}
-        if not (fits and is_power and n_limb in (1, 2)):
-            raise CheckpointError(f"multitau: segments {sums.shape} of {length} frames do not fit {pairs.shape}")
+        fits = fits and n_limb in (1, 2) and pairs.shape[1] <= n_delay
+        right = self._length_at(n_frames)
+        is_right = length.shape == () and length.dtype.kind in "iu" and int(length) == right
+        # That of merged sums has the last, unfinished one too.
+        ended = {n_frames // right, -(-n_frames // right)} if self._capacity else {0}
+        integers = pairs.dtype.kind in "iu" and sums.dtype.kind in "iu"
+        if not (fits and is_right and integers and len(pairs) in ended):
+            raise CheckpointError(
+                f"multitau: segments {sums.dtype} {sums.shape} of {length} frames do not fit {pairs.shape}, {n_frames}"
+            )
         new = copy(self)
         new._has_last = False
-        new.length = int(length)
+        new.length = right
         new._pairs = pairs.astype(np.int64)
         new._sums = np.zeros((2, *sums.shape[1:]), np.int64)
         new._sums[-n_limb:] = sums
         return new
+
+    def _length_at(self, n_frames: int) -> int:
+        """Return the length of segments of n_frames."""
+        length = SHORTEST
+        while self._capacity and n_frames > self._capacity * length:
+            length *= 2
+        return length
 
     def _double(self) -> None:
         """Add up neighbours; what has no neighbour yet is not known as ended any more."""
@@ -183,15 +209,10 @@ class Stability:
         sums = np.pad(self._sums, ((0, 0), (0, 0), (0, 0), (0, more), (0, 0)))
         return sums, np.pad(self._pairs, ((0, 0), (0, more)))
 
-    def _with_last(self, totals: Totals, length: int) -> Self:
-        """Return all segments, also the last, `length` frames long."""
+    def _with_last(self, totals: Totals) -> Self:
+        """Return all segments, also the last."""
         new = copy(self)
-        while new.length < length:
-            if new._has_last and len(new._pairs) % 2:
-                new._sums = np.pad(new._sums, ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0)))
-                new._pairs = np.pad(new._pairs, ((0, 1), (0, 0)))
-            new._double()
-        if not new._has_last and self._capacity and totals.n_frames > len(new._pairs) * length:
+        if not new._has_last and self._capacity and totals.n_frames > len(new._pairs) * self.length:
             new.end(totals)
         new._has_last = True
         return new

@@ -236,8 +236,8 @@ class TwoTime:
         """Return how many levels there are: up to the first that reaches back to frame 0."""
         if self.n_frames == 0:
             return 0
-        reaching = [level for level, window in enumerate(self._windows) if window.first == 0]
-        return reaching[0] + 1 if reaching else len(self._windows)
+        frames, levels, *_ = self._parameters
+        return next((level + 1 for level in range(levels) if self.n_frames >> level <= frames), levels)
 
     def _left(self) -> NDArray[np.int64]:
         """Return how many pixels each bin has left."""
@@ -319,7 +319,10 @@ class TwoTime:
         return mean
 
     def merge(self, other: Self) -> None:
-        """Add another region of the same frames; see `stream.protocols.Operator`."""
+        """Add another region of the same frames; see `stream.protocols.Operator`.
+
+        Sums that the other was given by `restore` are let go: they are large, and a merger has many regions.
+        """
         mine_is, theirs_is = ((each._parameters, each._roimap.digest) for each in (self, other))
         if mine_is != theirs_is:
             raise ValueError(f"twotime: regions correlated as {theirs_is} and as {mine_is} cannot be merged")
@@ -327,6 +330,8 @@ class TwoTime:
         for each in (self, other):
             each.miss(n_frames)
         self._merged = [mine + theirs for mine, theirs in zip(self._pair_sums(), other._pair_sums(), strict=True)]
+        if other._merged is not None:
+            other._merged = []
 
     def snapshot(self) -> Arrays:
         """Return the state: the frames that are kept; see `stream.protocols.Operator`."""
@@ -357,19 +362,31 @@ class TwoTime:
         check_identity(self.name, state, identity(self._start, self._roimap, *self._parameters))
         self.n_frames = int(state["n_frames"])
         if "alive" in state:
+            if state["alive"].shape != self._alive.shape:
+                raise CheckpointError(f"twotime: {state['alive'].shape} pixels of {len(self._alive)}")
             self._merged = None
             self._alive = state["alive"].copy()
             for level, window in enumerate(self._windows):
                 window.restore(self.n_frames >> level, state[f"counts_{level}"], state[f"weights_{level}"])
             return
+        self._check_shapes(state)
         self._merged = []
-        for level in range(sum(name.startswith("G2_") for name in state)):
+        for level in range(self._n_levels()):
             weights = state[f"weights_{level}"]
-            if len(weights) > self._parameters[0]:
-                raise CheckpointError(f"twotime: {len(weights)} times of level {level}, {self._parameters[0]} are kept")
             first = (self.n_frames >> level) - len(weights)
             G2 = _symmetric(state[f"G2_{level}"], len(weights))
             self._merged.append(PairSums.of(first, weights, G2, state[f"sums_{level}"], state["pixels"]))
+
+    def _check_shapes(self, state: Arrays) -> None:
+        """Refuse sums of other shapes than this region has, before there is room made for them."""
+        shapes: dict[str, tuple[int, ...]] = {"pixels": (len(self._group),)}
+        for level in range(self._n_levels()):
+            n = min(self._parameters[0], self.n_frames >> level)
+            shapes[f"G2_{level}"] = len(self._group), n * (n + 1) // 2
+            shapes |= {f"sums_{level}": (len(self._group), n), f"weights_{level}": (n,)}
+        for name, shape in shapes.items():
+            if name not in state or state[name].shape != shape or state[name].dtype.kind not in "iu":
+                raise CheckpointError(f"twotime: {name} is not the sums {shape} of {self.n_frames} frames")
 
 
 def _symmetric(upper: NDArray[np.int64], n: int) -> NDArray[np.int64]:

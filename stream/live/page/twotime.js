@@ -42,6 +42,7 @@ export class TwoTime {
       if (!this.at(event.x, event.y)) return;
       const which = this.nearest((event.x + event.y - this.window.step) / 2);
       this.choose(which === this.chosen ? null : which);
+      byId("two-time").focus({ preventScroll: true });
     });
     byId("two-time").addEventListener("keydown", (event) => this.onKey(event));
   }
@@ -217,7 +218,6 @@ export class TwoTime {
   }
 
   choose(which) {
-    byId("two-time").focus({ preventScroll: true });
     this.chosen = which; // the next key may come before it is drawn
     this.chooseAge(which === null ? null : this.ages[which]);
   }
