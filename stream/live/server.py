@@ -5,7 +5,8 @@ import logging
 import resource
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,7 +94,6 @@ class Server:
         self._hub = Hub(self._metrics.served)
         self._view = View(roimap, source=source, publish=self._hub.publish)
         self._calculation = Calculation(self._view)
-        self._failed: Exception | None = None
         local = listening.getsockname()[0] in ("127.0.0.1", "::1")
         config = uvicorn.Config(
             application(self._view, self._hub, self._metrics, token=token, local=local),
@@ -125,17 +125,13 @@ class Server:
         # It warns of every browser that leaves while it is sent something.
         logging.getLogger("asyncio").setLevel(logging.ERROR)
         asyncio.run(self._run())
-        if self._failed is not None:
-            raise self._failed
 
     async def _run(self) -> None:
         self._hub.open()
-        threads = [
-            threading.Thread(target=self._or_end, args=(self._hear,), name="results"),
-            threading.Thread(target=self._or_end, args=(self._calculation.run,), name="fits"),
-        ]
-        for thread in threads:
-            thread.start()
+        threads = ThreadPoolExecutor(2, "live")
+        working = [threads.submit(work) for work in (self._hear, self._calculation.run)]
+        for work in working:  # the page is nothing without either
+            work.add_done_callback(lambda _: self._stop.set())
         if self._files is not None:
             # Files may lie where nothing answers: it is not waited for.
             read = threading.Thread(target=read_back, args=(self._files, self._view.remember, self._stop), daemon=True)
@@ -145,8 +141,9 @@ class Server:
         finally:
             self._stop.set()
             self._calculation.close()
-            for thread in threads:
-                await asyncio.to_thread(thread.join)
+            await asyncio.to_thread(threads.shutdown)
+        for work in working:
+            work.result()
 
     def _hear(self) -> None:
         """Take results, faster than they come: what takes its time is done elsewhere."""
@@ -154,14 +151,6 @@ class Server:
             if self._stop.is_set():
                 return
             self._take(message)
-
-    def _or_end(self, work: Callable[[], None]) -> None:
-        """Run what the page is nothing without: if it fails, whatever the reason, so do we."""
-        try:
-            work()
-        except Exception as error:  # noqa: BLE001
-            self._failed = error
-            self._stop.set()
 
     def _take(self, message: RunStart | RunStop | Result | Rejected | None) -> None:
         view = self._view
