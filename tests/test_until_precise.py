@@ -192,7 +192,7 @@ def test_a_run_ends_once_its_rate_is_known_as_well_as_wanted(engine, beamline, s
     assert stop["reason"].startswith("precise: rate at q")
     assert "of 5.00% wanted" in stop["reason"]
     assert abs(float(stop["reason"].split(" is ")[1].split(" ±")[0]) / RATE - 1) < 4 * 0.05
-    assert detector.process.poll() is not None
+    assert detector.process.wait(DEADLINE) is not None
 
 
 def test_a_run_ends_once_its_dose_is_spent(engine, beamline, simulate, roimap):
@@ -233,7 +233,7 @@ def test_a_detector_without_stop_is_unstaged(engine, beamline, simulate, roimap)
     detector = simulate(kind=StagedDetector)
     run(fly_until_precise(detector, beamline[1], goal(roimap, max_dose=0.3), roimap, within=DEADLINE))
     assert stop_of(documents)["reason"].startswith("dose spent")
-    assert detector.inside.process.poll() is not None
+    assert detector.inside.process.wait(DEADLINE) is not None
 
 
 def test_a_plan_that_is_paused_goes_on_with_the_same_run_of_the_detector(engine, beamline, simulate, roimap):
@@ -256,7 +256,7 @@ def test_a_plan_that_is_aborted_stops_the_detector(engine, beamline, simulate, r
         run(fly_until_precise(detector, beamline[1], goal(roimap), roimap, within=DEADLINE))
     run.abort("beam lost")
     assert (stop_of(documents)["exit_status"], stop_of(documents)["reason"]) == ("abort", "beam lost")
-    assert detector.process.poll() is not None
+    assert detector.process.wait(DEADLINE) is not None
 
 
 def test_a_run_without_results_says_so(engine, simulate, roimap):
@@ -274,7 +274,7 @@ def test_an_address_that_cannot_be_used_fails_the_plan(engine, simulate, roimap)
         run(fly_until_precise(detector, "tcp://nowhere", goal(roimap), roimap))
     assert stop_of(documents)["exit_status"] == "fail"
     assert "tcp://nowhere" in stop_of(documents)["reason"]
-    assert detector.process.poll() is not None
+    assert detector.process.wait(DEADLINE) is not None
 
 
 def test_results_of_another_map_fail_the_plan(engine, beamline, simulate, roimap):
@@ -285,7 +285,7 @@ def test_results_of_another_map_fail_the_plan(engine, beamline, simulate, roimap
     with pytest.raises(FailedStatus):
         run(fly_until_precise(detector, beamline[1], goal(roimap), other, within=DEADLINE))
     assert "results have 40 static bins, the map 20" in stop_of(documents)["reason"]
-    assert detector.process.poll() is not None
+    assert detector.process.wait(DEADLINE) is not None
 
 
 def test_a_goal_that_does_not_suit_the_map_is_refused_before_the_detector_starts(engine, simulate, roimap):
